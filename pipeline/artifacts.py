@@ -1,0 +1,151 @@
+"""The run folder: what a run publishes, atomically, and what it remembers of itself.
+
+    runs/NAME/spec.yaml, run.json, report.html
+    runs/NAME/STAGE/manifest.json, metrics.jsonl, ledger.json, model/, checkpoints/
+    runs/NAME/logs/STAGE.log
+    runs/NAME/.work/STAGE-FINGERPRINT/    a stage that is being made, or was interrupted
+    runs/NAME/.previous/STAGE-FINGERPRINT/    what a changed spec replaced: changing it back finds it again
+
+A stage is made in `.work` and becomes visible by one rename, its manifest written before it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from stages.base import Artifact
+from stages.errors import DataError, RaylignError
+
+SHORT = 12  # characters of a fingerprint in a folder's name
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            DataError: the folder is not that of a run.
+        """
+        folder = Path(path)
+        if not (folder / "run.json").is_file():
+            raise DataError(f"{path}: not a run folder (there is no run.json in it)")
+        return cls(folder)
+
+    @property
+    def prepared(self) -> Path:
+        """Prepared data is shared by all runs of a storage."""
+        return self.path.parent / ".prepared"
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    def log(self, name: str) -> Path:
+        return self.path / "logs" / f"{name}.log"
+
+    def work(self, name: str, fingerprint: str) -> Path:
+        return self.path / ".work" / f"{name}-{fingerprint[:SHORT]}"
+
+    def _previous(self, name: str, fingerprint: str) -> Path:
+        return self.path / ".previous" / f"{name}-{fingerprint[:SHORT]}"
+
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        return read_json(self.stage(name) / "manifest.json")
+
+    def is_published(self, name: str, fingerprint: str) -> bool:
+        """Whether the stage's artifact with this fingerprint is there, now or from before a change that was taken back."""
+        for folder in (self.stage(name), self._previous(name, fingerprint)):
+            manifest = read_json(folder / "manifest.json")
+            if manifest is not None and manifest["fingerprint"] == fingerprint:
+                return True
+        return False
+
+    def was_started(self, name: str, fingerprint: str) -> bool:
+        return any((self.work(name, fingerprint) / "checkpoints").glob("checkpoint-*"))
+
+    def recall(self, name: str, fingerprint: str) -> None:
+        """Bring a published artifact to its place if a later one stands there."""
+        manifest = self.manifest(name)
+        if manifest is None or manifest["fingerprint"] != fingerprint:
+            self._replace(name, self._previous(name, fingerprint))
+
+    def publish(self, name: str, manifest: dict[str, Any]) -> Path:
+        """Make a finished stage visible. What stood there is kept aside."""
+        work = self.work(name, manifest["fingerprint"])
+        write_json(work / "manifest.json", manifest)
+        self._replace(name, work)
+        return self.stage(name)
+
+    def _replace(self, name: str, source: Path) -> None:
+        target, old = self.stage(name), self.manifest(name)
+        if target.exists():
+            aside = self._previous(name, old["fingerprint"] if old else "unknown")
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                _remove(aside)
+            os.replace(target, aside)
+        os.replace(source, target)
+
+    def artifact(self, name: str) -> Artifact:
+        """A published artifact, as the stages that use it get it."""
+        manifest = self.manifest(name)
+        assert manifest is not None, f"{name} is not published"
+        return Artifact(name, manifest["produces"], str(self.stage(name) / "model"), manifest)
+
+    # -- the run's own record
+
+    def save_spec(self, spec: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / ".spec.yaml.tmp"
+        with temporary.open("w") as out:
+            YAML().dump(spec, out)
+        os.replace(temporary, self.path / "spec.yaml")
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", state)
+
+    def state(self) -> dict[str, Any]:
+        return read_json(self.path / "run.json") or {}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process carries out a run at a time.
+
+        Raises:
+            RaylignError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RaylignError(f"{self.path}: another process is carrying out this run") from None
+            yield
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)

@@ -1,0 +1,199 @@
+"""The `raylign` command. Exit codes: 0 done; 1 a stage or gate failed; 2 the spec, data or arguments are wrong; 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from stages.errors import RaylignError
+
+app = typer.Typer(
+    name="raylign", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="From a base model and conversations to an aligned model. Add --debug to any command for tracebacks.",
+)  # fmt: skip
+console = Console()
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override one value of the spec.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def run(spec: SpecPath, set: Overrides = None) -> None:
+    """Carry a spec out; goes on where an earlier run of it stopped."""
+    from pipeline.plan import make_plan
+    from pipeline.runner import run_plan
+    from pipeline.spec import load_spec
+    from pipeline.tables import render_run
+
+    plan = make_plan(load_spec(spec, set or []))
+    try:
+        run_plan(plan)
+    finally:
+        if (plan.folder.path / "run.json").is_file():
+            console.print()
+            console.print(render_run(plan.folder))
+            console.print(f"\nrun folder: {plan.folder.path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
+    """What would run: order, cached or not, rows, steps, memory and resources. Starts nothing."""
+    from rich.table import Table
+
+    from pipeline.plan import describe, make_plan
+    from pipeline.spec import load_spec
+
+    rows = describe(make_plan(load_spec(spec, set or [])))
+    if as_json:
+        print(json.dumps({"stages": rows}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "kind", "from", "state", "rows", "tokens", "steps", "workers", "memory/worker", "fits", "why"):
+        table.add_column(column, justify="right" if column in ("rows", "tokens", "steps", "workers", "memory/worker") else "left")
+    for row in rows:
+        numbers = ["" if row[k] is None else f"{row[k]:,}" for k in ("rows", "tokens", "steps", "workers")]
+        memory = row["memory_per_worker_bytes"]
+        shown = "" if memory is None else f"{memory / 2**20:,.1f} MiB"
+        inputs = ", ".join(row["inputs"])
+        table.add_row(row["name"], row["kind"], inputs, row["state"], *numbers, shown, "yes" if row["fits"] else "no", row["why"])
+    console.print(table)
+    console.print("memory is weights, gradients and optimizer in float32; activations come on top", style="dim")
+
+
+@app.command()
+def inspect(
+    spec: SpecPath,
+    stage: Annotated[str | None, typer.Option(help="The stage; the first that trains if absent.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3,
+    set: Overrides = None,
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+) -> None:
+    """Real rows as the model will see them, what is trained of them, and what is left out and why."""
+    from pipeline import inspection
+    from pipeline.plan import make_plan
+    from pipeline.spec import load_spec
+
+    found = inspection.inspect(make_plan(load_spec(spec, set or [])), stage, n)
+    if html is not None:
+        html.write_text(inspection.render_html(found))
+        console.print(f"written: {html}", highlight=False)
+    elif as_json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        console.print(inspection.render(found))
+
+
+@app.command()
+def status(run: RunPath) -> None:
+    """The state of a run."""
+    from pipeline.artifacts import RunFolder
+    from pipeline.tables import render_run
+
+    folder = RunFolder.open(run)
+    console.print(f"{folder.state()['name']}: {folder.state()['state']}")
+    console.print(render_run(folder))
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write the run's HTML report again and print its path."""
+    from pipeline.artifacts import RunFolder
+    from pipeline.report import write_report
+
+    folder = RunFolder.open(run)
+    write_report(folder)
+    print(folder.path / "report.html")
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    stage: Annotated[str | None, typer.Option(help="The stage whose model to talk to; the last one if absent.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Talk to the model that came out. An empty line or end of input ends it."""
+    from pipeline.chat import talk
+
+    talk(run, stage, max_new_tokens, console)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Hub id or folder of the base model.")],
+    data: Annotated[list[str], typer.Option(help="Conversations: file, glob or folder. May be given several times.")],
+    preference: Annotated[list[str] | None, typer.Option(help="Preference pairs, for reward and DPO stages.")] = None,
+    out: Annotated[Path, typer.Option(help="The spec to write.")] = Path("spec.yaml"),
+) -> None:
+    """Write a complete, commented spec from a model and data files."""
+    from pipeline.template import write_spec
+
+    write_spec(out, model, data, preference or [])
+    console.print(f"written: {out}; look at the data with `raylign inspect {out}`, then `raylign run {out}`", highlight=False)
+
+
+@app.command()
+def submit(
+    spec: SpecPath,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, for example http://head:8265.")],
+    set: Overrides = None,
+    env: Annotated[list[str] | None, typer.Option(help="Name of an environment variable to send along.")] = None,
+) -> None:
+    """Run the same spec as a Ray job on a cluster, and follow its log."""
+    from pipeline.submit import submit_spec
+
+    raise typer.Exit(submit_spec(spec, address, set or [], env or []))
+
+
+@app.command()
+def schema() -> None:
+    """The spec's JSON Schema, for editors."""
+    from pipeline.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+def main() -> None:
+    debug = "--debug" in sys.argv
+    sys.argv = [arg for arg in sys.argv if arg != "--debug"]
+    errors = Console(stderr=True)
+    try:
+        _invoke()
+    except RaylignError as error:
+        if debug:
+            errors.print_exception()
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        _exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        errors.print("interrupted; run the same command again to go on", style="yellow")
+        _exit(130)
+    except Exception as error:
+        if debug:
+            errors.print_exception()
+        text = f"error: {type(error).__name__}: {error}\n  this is a bug of raylign; --debug shows where"
+        errors.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+        _exit(1)
+
+
+def _invoke() -> Any:
+    code = app(standalone_mode=False)
+    if isinstance(code, int) and code:
+        _exit(code)
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if "ray" in sys.modules else sys.exit(code)  # Ray's threads may keep a process from ending

@@ -1,0 +1,317 @@
+"""Carry a plan out: each stage in its own process, independent ones side by side, finished ones published."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import handoff
+from pipeline.artifacts import RunFolder, read_json
+from pipeline.plan import Plan, PlannedStage, lineage, machine_gpus
+from pipeline.progress import Terminal
+from pipeline.report import write_report
+from pipeline.stage_process import StageJob, send
+from stages.base import Artifact, StageContext
+from stages.errors import StageError
+from stages.training.launch import RAY_ENVIRONMENT
+
+LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
+LOG_TAIL = 12
+
+
+def run_plan(plan: Plan, quiet: bool = False) -> None:
+    """Carry a plan out.
+
+    Raises:
+        StageError: a stage failed. The others that could still run have run, and what they made is published.
+    """
+    with plan.folder.lock(), Terminal(quiet) as terminal:
+        _Run(plan, terminal).carry_out()
+
+
+class RayCluster:
+    """The cluster the stages use: the one `RAY_ADDRESS` names, else a small one of this machine, started when needed."""
+
+    def __init__(self) -> None:
+        self.given = os.environ.get("RAY_ADDRESS")
+        self._address: str | None = self.given
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._ready, self._over = threading.Event(), threading.Event()
+
+    @property
+    def local(self) -> bool:
+        return self.given is None
+
+    def start(self) -> None:
+        """Begin to start it; takes seconds, in which other things can be done."""
+        if self.local and self._thread is None:
+            os.environ.update({k: os.environ.get(k, v) for k, v in RAY_ENVIRONMENT.items()})
+            # Nobody listens there: what asks the dashboard for its State API is told so at once (see RAY_ENVIRONMENT).
+            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+            self._thread = threading.Thread(target=self._start, daemon=True)
+            self._thread.start()
+
+    def _start(self) -> None:
+        """Runs until the end: Ray's processes die with the thread that started them (they ask for PR_SET_PDEATHSIG)."""
+        import ray
+
+        try:
+            context = ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                object_store_memory=int(os.environ.get("RAYLIGN_OBJECT_STORE_BYTES", 512 << 20)),
+            )  # fmt: skip
+            self._address = context.address_info["gcs_address"]
+        except Exception as error:
+            self._error = error
+        self._ready.set()
+        self._over.wait()
+
+    def address(self) -> str:
+        if self.local:
+            self.start()
+            self._ready.wait()
+        if self._error is not None:
+            raise StageError(f"Ray could not be started on this machine: {self._error}") from self._error
+        assert self._address is not None
+        return self._address
+
+    def capacity(self) -> dict[str, float]:
+        """CPUs and GPUs there are in all."""
+        if self.local:
+            return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus())}
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
+        return dict(ray.cluster_resources())
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._ready.wait()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        self._over.set()
+
+
+@dataclass
+class Running:
+    planned: PlannedStage
+    process: subprocess.Popen[bytes]
+    started: float
+    work: Path
+    checking: bool = field(default=False)
+
+
+class _Run:
+    def __init__(self, plan: Plan, terminal: Terminal) -> None:
+        self.plan, self.terminal, self.folder = plan, terminal, plan.folder
+        self.cluster = RayCluster()
+        self.running: dict[str, Running] = {}
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.state: dict[str, Any] = {}
+
+    def carry_out(self) -> None:
+        self._begin()
+        try:
+            if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
+                self.cluster.start()
+            while self._start_ready() or self.running:
+                self._watch()
+                time.sleep(0.05)
+            self._end("failed" if self.failed else "done")
+        except BaseException as error:
+            self._stop_all()
+            self._end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+        finally:
+            self.cluster.stop()
+        if self.failed:
+            raise StageError("\n".join(self.failed.values()))
+
+    # -- the record
+
+    def _begin(self) -> None:
+        self.folder.save_spec(self.plan.spec.as_yaml())
+        (self.folder.path / "logs").mkdir(exist_ok=True)
+        stages = {}
+        for planned in self.plan.stages:
+            record: dict[str, Any] = {"kind": planned.stage.kind, "fingerprint": planned.fingerprint, "state": "waiting"}
+            if planned.state == "cached":
+                self.folder.recall(planned.name, planned.fingerprint)
+                self.done.add(planned.name)
+                record["state"] = "cached"
+                self.terminal.stage(planned.name, planned.stage.kind, "cached")
+            stages[planned.name] = record
+        self.state = {"name": self.plan.spec.name, "state": "running", "started": time.time(), "pid": os.getpid(), "stages": stages}
+        self.folder.save_state(self.state)
+
+    def _set(self, name: str, **values: Any) -> None:
+        self.state["stages"][name].update(values)
+        self.folder.save_state(self.state)
+
+    def _end(self, state: str) -> None:
+        for record in self.state["stages"].values():
+            if record["state"] == "waiting":
+                record["state"] = "not run"
+        self.state |= {"state": state, "finished": time.time()}
+        self.folder.save_state(self.state)
+        write_report(self.folder)
+
+    # -- starting
+
+    def _start_ready(self) -> bool:
+        """Start every stage whose inputs are there and for which there is room. True if anything is left to wait for."""
+        waiting = [s for s in self.plan.stages if self.state["stages"][s.name]["state"] == "waiting"]
+        ready = [s for s in waiting if all(n in self.done for n in s.needs)]
+        started: list[PlannedStage] = []
+        for planned in ready:
+            if self._fits(planned, [r.planned for r in self.running.values()] + started):
+                started.append(planned)
+        side_by_side = len(self.running) + len(started)
+        for planned in started:
+            self._start(planned, threads=max(1, (os.cpu_count() or 1) // side_by_side))
+        return bool(started)
+
+    def _fits(self, planned: PlannedStage, others: list[PlannedStage]) -> bool:
+        if not others:
+            return True  # alone: if it does not fit even so, it says what it lacks
+        have = self.cluster.capacity()
+        for kind, per in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
+            need = sum(getattr(s.resources, per) * s.resources.workers for s in [planned, *others])
+            if need > have.get(kind, 0):
+                return False
+        return True
+
+    def _start(self, planned: PlannedStage, threads: int) -> None:
+        name, work = planned.name, self.folder.work(planned.name, planned.fingerprint)
+        work.mkdir(parents=True, exist_ok=True)
+        for file in ("result.json", "error.json", "events.jsonl"):
+            (work / file).unlink(missing_ok=True)
+        context = StageContext(
+            name=name,
+            work=work,
+            prepared=self.folder.prepared,
+            inputs={field: [self._artifact(ref) for ref in refs] for field, refs in planned.inputs.items()},
+            seed=self.plan.spec.seed,
+            resources=planned.resources,
+            chat_template=self.plan.spec.chat_template,
+            local=self.cluster.local,
+        )
+        address = self.cluster.address() if planned.stage.uses_ray else None
+        config = planned.stage.model_dump(exclude_unset=True) | {"kind": planned.stage.kind}
+        environment = {**RAY_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        if self.cluster.local:
+            environment.pop("RAY_ADDRESS", None)
+        with self.folder.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.stage_process"],
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends its stages
+            )  # fmt: skip
+        assert process.stdin is not None
+        send(StageJob(planned.stage.kind, config, context, address), process.stdin)
+        self.running[name] = Running(planned, process, time.time(), work)
+        self._set(name, state="running", started=time.time(), workers=planned.resources.workers)
+        self.terminal.stage(name, planned.stage.kind, "running", resumed=planned.state == "resume")
+
+    def _artifact(self, ref: str) -> Artifact:
+        if ref.startswith("stages."):
+            return self.folder.artifact(ref.removeprefix("stages."))
+        return Artifact(Path(ref).name, "model", ref)
+
+    # -- watching
+
+    def _watch(self) -> None:
+        for name, running in list(self.running.items()):
+            self.terminal.follow(name, running.work / "events.jsonl")
+            code = running.process.poll()
+            if code is None:
+                continue
+            del self.running[name]
+            if running.process.stdin:
+                running.process.stdin.close()
+            self._finish(running, code)
+
+    def _finish(self, running: Running, code: int) -> None:
+        name, planned, work = running.planned.name, running.planned, running.work
+        result = read_json(work / "result.json")
+        if code != 0 or result is None:
+            self._fail(running, _cause(work, code))
+            return
+        checked: dict[str, Any] = {"problems": [], "facts": {}}
+        if planned.stage.produces != "metrics":
+            checked = handoff.check(work / "model", planned.stage.produces, self.folder.log(name))
+        if checked["problems"]:
+            self._fail(running, "handoff refused: " + "; ".join(checked["problems"]))
+            return
+        seconds = round(time.time() - running.started, 2)
+        manifest = {
+            "name": name,
+            "kind": planned.stage.kind,
+            "produces": planned.stage.produces,
+            "fingerprint": planned.fingerprint,
+            "config": planned.stage.model_dump(mode="json", exclude_unset=True),
+            "seed": self.plan.spec.seed,
+            "inputs": lineage(self.plan, planned),
+            "handoff": checked["facts"],
+            "seconds": seconds,
+            "versions": versions(),
+            **result,
+        }
+        self.folder.publish(name, manifest)
+        for file in ("result.json", "events.jsonl"):
+            (self.folder.stage(name) / file).unlink(missing_ok=True)
+        self.done.add(name)
+        self._set(name, state="done", seconds=seconds)
+        self.terminal.stage(name, planned.stage.kind, "done", seconds=seconds, metrics=manifest["metrics"])
+        write_report(self.folder)
+
+    def _fail(self, running: Running, cause: str) -> None:
+        name, log = running.planned.name, self.folder.log(running.planned.name)
+        message = f"stage {name} failed: {cause}\n  log: {log}\n  what was done stays; run the same command again to go on"
+        self.failed[name] = message
+        self._set(name, state="failed", error=cause, seconds=round(time.time() - running.started, 2))
+        self.terminal.stage(name, running.planned.stage.kind, "failed")
+
+    def _stop_all(self) -> None:
+        for name, running in self.running.items():
+            os.killpg(running.process.pid, signal.SIGTERM)
+            try:
+                running.process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.process.pid, signal.SIGKILL)
+            self.state["stages"][name]["state"] = "interrupted"
+
+
+def _cause(work: Path, code: int) -> str:
+    error = read_json(work / "error.json")
+    if error is not None:
+        lines = error["message"].strip().splitlines()
+        return "\n".join(lines[:6]) if error["ours"] else (lines[0] if lines else "unknown")
+    if code < 0:
+        return f"its process was ended by signal {-code} ({signal.Signals(-code).name})"
+    return f"its process ended with exit code {code}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an artifact."""
+    out = {}
+    for library in LIBRARIES:
+        try:
+            out[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            out[library] = "from source"
+    return out
+
+
+__all__ = ["RayCluster", "RunFolder", "run_plan"]

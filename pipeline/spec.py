@@ -1,0 +1,513 @@
+"""The spec: YAML to strict typed stages, with every mistake told at once, each with its line, path and the nearest name.
+
+Paths in a spec (data, models, storage, DeepSpeed and template files) are relative to the folder of the spec.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from stages import KINDS, Init, Stage
+from stages.base import Config
+from stages.data.prepare import resolve_formats
+from stages.data.source import DataSource
+from stages.data.tokenizer import check_model_folder, read_chat_template
+from stages.errors import DataError, Problem, SpecError
+from stages.training.deepspeed import PRESETS
+
+BASE = "base"  # the name of the stage that `model: {init: ...}` stands for
+NAME = re.compile(r"[a-z][a-z0-9_-]*")
+RESERVED = {"logs", "report", "run", "spec"}
+
+
+class Cluster(Config):
+    """What every training stage gets; what is not said is what this machine has."""
+
+    workers: int | None = Field(default=None, ge=1, description="Training workers: one per GPU, or one on a CPU machine.")
+    gpus_per_worker: int | None = Field(default=None, ge=0, description="1 where there are GPUs.")
+    cpus_per_worker: int | None = Field(default=None, ge=1, description="CPUs each worker gets, 1 by default.")
+
+
+class ModelInit(Config):
+    """`model: {init: ...}`: a fresh small model instead of a pretrained one."""
+
+    init: dict[str, Any]
+
+
+class Spec(Config):
+    """A validated spec. `stages` are in the order of the file; `model` is what a stage without one starts from."""
+
+    name: str
+    model: str
+    storage: str = "runs"
+    seed: int = 0
+    cluster: Cluster = Cluster()
+    chat_template: str | None = None
+    stages: dict[str, Any]
+    file: str | None = None
+
+    def references(self, name: str) -> dict[str, list[str]]:
+        """Field -> what it refers to (`stages.NAME`, a folder or a hub id), the spec's model where nothing is said."""
+        stage: Stage = self.stages[name]
+        given = stage.references()
+        if "model" in given and not given["model"]:
+            given["model"] = [self.model]
+        return given
+
+    def upstream(self, name: str) -> list[str]:
+        """Names of the stages this one needs."""
+        refs = [ref for values in self.references(name).values() for ref in values]
+        return list(dict.fromkeys(ref.removeprefix("stages.") for ref in refs if ref.startswith("stages.")))
+
+    def as_yaml(self) -> dict[str, Any]:
+        """The resolved spec: defaults that were not said stay unsaid, paths are absolute."""
+        stages = {n: s.model_dump(exclude_unset=True, mode="json") | {"kind": s.kind} for n, s in self.stages.items()}
+        model: Any = self.model
+        if self.model == f"stages.{BASE}":
+            model = {"init": {k: v for k, v in stages.pop(BASE).items() if k != "kind"}}
+        head = {"name": self.name, "model": model, "storage": self.storage, "seed": self.seed}
+        cluster = self.cluster.model_dump(exclude_unset=True)
+        extra = {"cluster": cluster} if cluster else {}
+        if self.chat_template:
+            extra["chat_template"] = self.chat_template
+        return {**head, **extra, "stages": stages}
+
+
+class _Head(Config):
+    """The spec without its stages, which are validated one by one so that each one's mistakes are told."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str | ModelInit
+    storage: str = "runs"
+    seed: int = 0
+    cluster: Cluster = Cluster()
+    chat_template: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read and check a spec file.
+
+    Args:
+        overrides: `dotted.path=value` strings of `--set`; the value is read as YAML.
+
+    Raises:
+        SpecError: with every mistake that was found.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise SpecError([Problem("", f"{path}: no such spec file")])
+    yaml = YAML(typ="rt")
+    try:
+        tree = yaml.load(file.read_text())
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SpecError([Problem("", f"not YAML: {error.problem}", mark.line + 1 if mark else None)], str(path)) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise SpecError([Problem("", f"not YAML: {error}")], str(path)) from error
+    if not isinstance(tree, CommentedMap):
+        raise SpecError([Problem("", "a spec is a mapping with `model` and `stages`")], str(path))
+    problems: list[Problem] = []
+    for override in overrides:
+        _apply_override(tree, override, problems)
+    lines: dict[tuple[Any, ...], int] = {}
+    raw = _plain(tree, (), lines, problems)
+    return build_spec(raw, folder=file.resolve().parent, lines=lines, file=str(path), default_name=file.stem, problems=problems)
+
+
+def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        problems.append(Problem(f"--set {override}", "write it as path=value, for example stages.sft.train.max_steps=10"))
+        return
+    keys: list[Any] = path.split(".")
+    try:
+        value = YAML(typ="rt").load(text)
+    except YAMLError as error:
+        problems.append(Problem(f"--set {override}", f"the value is not YAML: {error}"))
+        return
+    node = tree
+    for i, key in enumerate(keys):
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                problems.append(Problem(f"--set {path}", f"{'.'.join(keys[:i])} is a list of {len(node)}, {key!r} is not in it"))
+                return
+            key = int(key)
+        elif not isinstance(node, dict):
+            problems.append(Problem(f"--set {path}", f"{'.'.join(keys[:i])} is not a mapping"))
+            return
+        if i == len(keys) - 1:
+            node[key] = value
+            return
+        if isinstance(node, dict):
+            if keys[:i] == ["stages"] and key not in node:
+                problems.append(Problem(f"--set {path}", f"there is no stage {key!r}{_nearest(key, list(node))}"))
+                return
+            if node.get(key) is None:
+                node[key] = CommentedMap()
+        node = node[key]
+
+
+_ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def _plain(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], problems: list[Problem]) -> Any:
+    """The tree as plain Python, environment variables read; fills in the line of every path."""
+    if isinstance(node, dict):
+        for key in node:
+            if isinstance(node, CommentedMap) and key in (node.lc.data or {}):
+                lines[(*path, key)] = node.lc.data[key][0] + 1
+        return {str(k): _plain(v, (*path, k), lines, problems) for k, v in node.items()}
+    if isinstance(node, list):
+        for i in range(len(node)):
+            if isinstance(node, CommentedSeq) and i in (node.lc.data or {}):
+                lines[(*path, i)] = node.lc.data[i][0] + 1
+        return [_plain(v, (*path, i), lines, problems) for i, v in enumerate(node)]
+    if isinstance(node, str) and "${" in node:
+        return _environment(str(node), path, lines, problems)
+    if isinstance(node, bool) or node is None:
+        return node
+    return next((kind(node) for kind in (int, float, str) if isinstance(node, kind)), str(node))
+
+
+def _environment(text: str, path: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int], problems: list[Problem]) -> Any:
+    def value(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            what = f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
+            problems.append(Problem(_dotted(path), what, _line(path, lines)))
+            return ""
+        return found
+
+    whole = _ENV.fullmatch(text)
+    out = _ENV.sub(value, text)
+    return YAML(typ="safe").load(out) if whole and out else out  # a lone variable may be a number
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+
+def build_spec(
+    raw: dict[str, Any],
+    *,
+    folder: Path,
+    lines: Mapping[tuple[Any, ...], int] | None = None,
+    file: str | None = None,
+    default_name: str = "run",
+    problems: list[Problem] | None = None,
+) -> Spec:
+    """Check a spec given as plain data.
+
+    Raises:
+        SpecError: with every mistake, those in `problems` included.
+    """
+    return _Checker(raw, folder, lines or {}, file, default_name, problems if problems is not None else []).build()
+
+
+class _Checker:
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        folder: Path,
+        lines: Mapping[tuple[Any, ...], int],
+        file: str | None,
+        default_name: str,
+        problems: list[Problem],
+    ) -> None:
+        self.raw, self.folder, self.lines, self.file, self.problems = raw, folder, lines, file, problems
+        self.default_name = default_name
+
+    def build(self) -> Spec:
+        head = self._validate(_Head, {k: v for k, v in self.raw.items() if k != "stages"}, ())
+        raw_stages = self._raw_stages(head)
+        stages = {name: self._stage(name, raw) for name, raw in raw_stages.items()}
+        self._references(raw_stages)
+        for name, stage in stages.items():
+            if stage is not None:
+                self._files(name, stage)
+        template = None
+        if isinstance(head, _Head):
+            try:
+                template = read_chat_template(self._path(head.chat_template, only_files=True))
+            except DataError as error:
+                self._problem(("chat_template",), str(error).removeprefix("chat_template: "))
+            if isinstance(head.model, str) and not head.model.startswith("stages."):
+                self._model(("model",), self._model_path(head.model))
+        if self.problems:
+            raise SpecError(sorted(self.problems, key=lambda p: p.line or 0), self.file)
+        assert isinstance(head, _Head)
+        return Spec(
+            name=head.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.default_name),
+            model=self._model_path(head.model) if isinstance(head.model, str) else f"stages.{BASE}",
+            storage=str((self.folder / head.storage).resolve()),
+            seed=head.seed,
+            cluster=head.cluster,
+            chat_template=template,
+            stages={name: stage for name, stage in stages.items() if stage is not None},
+            file=self.file,
+        )
+
+    # -- the parts
+
+    def _raw_stages(self, head: Any) -> dict[str, Any]:
+        raw = self.raw.get("stages")
+        if not isinstance(raw, dict) or not raw:
+            self._problem(("stages",), "a mapping of at least one stage is wanted")
+            raw = {}
+        for name in raw:
+            if not NAME.fullmatch(name) or name in RESERVED:
+                self._problem(("stages", name), "a stage's name is small letters, digits, - and _, and not a file of a run")
+        if isinstance(self.raw.get("model"), dict) and isinstance(self.raw["model"].get("init"), dict):
+            if BASE in raw:
+                self._problem(("stages", BASE), "this name is taken by `model: {init: ...}`")
+            init = dict(self.raw["model"]["init"])
+            init.setdefault("data", self._data_of_base(raw))
+            raw = {BASE: {"kind": "init", **init}, **raw}
+        return raw
+
+    def _data_of_base(self, raw: dict[str, Any]) -> list[Any]:
+        """What a fresh model's tokenizer is trained on where nothing is said: the data of the stages that start from it."""
+        users = [s for s in raw.values() if isinstance(s, dict) and s.get("model") is None and isinstance(s.get("data"), list)]
+        return [source for stage in users for source in stage["data"] if isinstance(source, dict)]
+
+    def _stage(self, name: str, raw: Any) -> Stage | None:
+        path = ("model", "init") if name == BASE and BASE not in self.raw.get("stages", {}) else ("stages", name)
+        if not isinstance(raw, dict):
+            self._problem(path, "a stage is a mapping with at least `kind`")
+            return None
+        kind = raw.get("kind")
+        if kind not in KINDS:
+            what = "is missing" if kind is None else f"{kind!r} is not a kind of stage{_nearest(str(kind), list(KINDS))}"
+            self._problem((*path, "kind") if kind is not None else path, f"kind {what}; kinds: {', '.join(KINDS)}")
+            return None
+        return self._validate(KINDS[kind], self._with_paths(raw), path)  # type: ignore[return-value]
+
+    def _with_paths(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The stage with its paths made absolute."""
+        out = dict(raw)
+        if isinstance(out.get("data"), list):
+            out["data"] = [
+                {**d, "path": self._path(d["path"])} if isinstance(d, dict) and isinstance(d.get("path"), str) else d
+                for d in out["data"]
+            ]
+        if isinstance(out.get("model"), str):
+            out["model"] = self._model_path(out["model"])
+        if isinstance(out.get("models"), list):
+            out["models"] = [self._model_path(m) if isinstance(m, str) else m for m in out["models"]]
+        if isinstance(out.get("deepspeed"), str) and out["deepspeed"] not in PRESETS:
+            out["deepspeed"] = self._path(out["deepspeed"], only_files=True)
+        return out
+
+    def _path(self, value: str | None, only_files: bool = False) -> Any:
+        if value is None or "://" in value:
+            return value
+        target = self.folder / Path(value).expanduser()
+        return str(target) if not only_files or target.is_file() else value
+
+    def _model_path(self, value: str) -> str:
+        """A model is a reference, a folder (relative to the spec) or else a hub id."""
+        if value.startswith("stages.") or "://" in value:
+            return value
+        target = self.folder / Path(value).expanduser()
+        return str(target) if value.startswith((".", "/", "~")) or target.exists() else value
+
+    def _references(self, raw_stages: dict[str, Any]) -> None:
+        graph: dict[str, list[str]] = {}
+        for name, raw in raw_stages.items():
+            cls = KINDS.get(raw.get("kind")) if isinstance(raw, dict) else None
+            graph[name] = []
+            for field, wanted in (cls.accepts if cls else {}).items():
+                value = raw.get(field)
+                for i, ref in enumerate(value if isinstance(value, list) else [value]):
+                    path = ("stages", name, field, i) if isinstance(value, list) else ("stages", name, field)
+                    if not isinstance(ref, str):
+                        continue
+                    if ref in raw_stages and not ref.startswith("stages."):
+                        self._problem(path, f"write stages.{ref} to use what the stage {ref!r} makes")
+                    if not ref.startswith("stages."):
+                        continue
+                    target = ref.removeprefix("stages.")
+                    if target not in raw_stages:
+                        self._problem(path, f"there is no stage {target!r}{_nearest(target, list(raw_stages))}")
+                        continue
+                    graph[name].append(target)
+                    made = KINDS.get(raw_stages[target].get("kind")) if isinstance(raw_stages[target], dict) else None
+                    if made is not None and made.produces not in wanted:
+                        self._problem(path, f"{ref} makes a {made.produces}; wanted here: {' or '.join(wanted)}")
+        for cycle in _cycles(graph):
+            self._problem(("stages", cycle[0]), f"the stages go round in a circle: {' -> '.join([*cycle, cycle[0]])}")
+
+    def _files(self, name: str, stage: Stage) -> None:
+        """Everything a stage names is there and can be read, before anything is started."""
+        sources: list[DataSource] = stage.sources()
+        for i, source in enumerate(sources):
+            try:
+                format = resolve_formats([source])[0]
+            except DataError as error:
+                if stage.kind != "init":  # the data of a fresh model's tokenizer is that of its users
+                    self._problem(("stages", name, "data", i), str(error))
+                continue
+            pairs_wanted = getattr(stage, "task", None)
+            if pairs_wanted and (format == "preference") != (pairs_wanted == "preference"):
+                wanted = "preference pairs" if pairs_wanted == "preference" else "conversations or text"
+                self._problem(("stages", name, "data", i), f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}")
+        for field, refs in stage.references().items():
+            for ref in refs:
+                if not ref.startswith("stages."):
+                    self._model(("stages", name, field), ref)
+
+    def _model(self, path: tuple[Any, ...], model: str) -> None:
+        try:
+            check_model_folder(model)
+        except DataError as error:
+            self._problem(path, str(error))
+
+    # -- telling
+
+    def _problem(self, path: tuple[Any, ...], message: str) -> None:
+        problem = Problem(_dotted(path), message, _line(path, self.lines))
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _validate(self, cls: type[BaseModel], raw: Any, path: tuple[Any, ...]) -> BaseModel | None:
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            told: set[tuple[Any, ...]] = set()
+            for e in error.errors():
+                where = _existing(raw, e["loc"])
+                if where in told and e["type"] != "extra_forbidden":
+                    continue  # the members of a union each complain of the same value
+                told.add(where)
+                self._problem((*path, *where), _message(cls, dict(e), where))
+            return None
+
+
+def _existing(raw: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pydantic's location without what is not in the data: tags of unions, names of their members."""
+    out: list[Any] = []
+    node = raw
+    for i, part in enumerate(loc):
+        if isinstance(node, dict) and (part in node or i == len(loc) - 1):
+            out.append(part)
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            out.append(part)
+            node = node[part]
+    return tuple(out)
+
+
+def _message(cls: type[BaseModel], error: dict[str, Any], where: tuple[Any, ...]) -> str:
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key{_nearest(str(where[-1]), _fields_at(cls, error['loc'][:-1]))}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    shown = f"{value!r}" if isinstance(value, str | int | float | bool | type(None)) else f"a {type(value).__name__}"
+    return f"{error['msg'].removeprefix('Input ')}, not {shown}"
+
+
+def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
+    """Names that may stand at a location of a model."""
+    for part in loc:
+        models = _models_in(cls)
+        found = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]
+        if found:
+            cls = typing.Union[tuple(found)]  # noqa: UP007 - built at run time
+        elif isinstance(part, str):  # a union's tag
+            tagged = [m for m in models if part in {getattr(m.model_fields.get("method"), "default", None), m.__name__.lower()}]
+            cls = tagged[0] if tagged else cls
+    return [name for m in _models_in(cls) for name in m.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def _line(path: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int]) -> int | None:
+    """The line of a path, or of the nearest thing around it."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in lines:
+            return lines[path[:end]]
+    return None
+
+
+def _cycles(graph: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Circles of a graph, each told once."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> None:
+        if node in trail:
+            circle = trail[trail.index(node) :]
+            if not any(set(circle) == set(other) for other in found):
+                found.append(circle)
+            return
+        if node in done:
+            return
+        for target in graph.get(node, ()):
+            visit(target, [*trail, node])
+        done.add(node)
+
+    for start in graph:
+        visit(start, [])
+    return found
+
+
+def base_init(spec: Spec) -> Init | None:
+    """The stage that `model: {init: ...}` stands for."""
+    stage = spec.stages.get(BASE)
+    return stage if isinstance(stage, Init) else None
+
+
+# ------------------------------------------------------------------------------------------------ schema
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a spec, for editors."""
+    schema = _Head.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    variants = {}
+    for kind, cls in KINDS.items():
+        part = cls.model_json_schema()
+        definitions.update(part.pop("$defs", {}))
+        part["required"] = sorted({*part.get("required", []), "kind"})
+        definitions[f"{kind} stage"] = part
+        variants[kind] = f"#/$defs/{kind} stage"
+    schema["properties"]["stages"] = {
+        "type": "object",
+        "minProperties": 1,
+        "additionalProperties": {
+            "oneOf": [{"$ref": ref} for ref in variants.values()],
+            "discriminator": {"propertyName": "kind", "mapping": variants},
+        },
+    }
+    schema["required"] = ["model", "stages"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Raylign spec"}

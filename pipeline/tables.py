@@ -1,0 +1,83 @@
+"""The tables at the end of a run: its stages, and the models an evaluation compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.artifacts import RunFolder
+from pipeline.progress import brief, number
+
+COLUMNS = {
+    "loss": "held-out loss",
+    "exact_match": "exact match",
+    "stopped": "stopped",
+    "preference_accuracy": "preference accuracy",
+    "margin": "margin",
+    "preference_by": "preference by",
+}
+
+
+def percent(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}%" if name in ("exact_match", "stopped", "preference_accuracy") else number(value)
+
+
+def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """One row per stage of the run, from its record and its manifests."""
+    rows = []
+    for name, record in folder.state().get("stages", {}).items():
+        manifest = folder.manifest(name) if record["state"] in ("done", "cached") else None
+        ledger = ((manifest or {}).get("details") or {}).get("ledger") or {}
+        rows.append(
+            {
+                "name": name,
+                "kind": record["kind"],
+                "state": record["state"],
+                "seconds": record.get("seconds"),
+                "rows": (manifest or {}).get("rows"),
+                "left_out": sum(ledger.get("reasons", {}).values()) if ledger else None,
+                "steps": (manifest or {}).get("steps"),
+                "metrics": brief((manifest or {}).get("metrics", {})) if manifest else record.get("error", "").split("\n")[0],
+            }
+        )
+    return rows
+
+
+def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
+    """(stage, manifest) of every evaluation that is published in the run's present state."""
+    out = []
+    for name, record in folder.state().get("stages", {}).items():
+        manifest = folder.manifest(name) if record["kind"] == "evaluate" and record["state"] in ("done", "cached") else None
+        if manifest:
+            out.append((name, manifest))
+    return out
+
+
+def render_run(folder: RunFolder) -> Group:
+    """The tables, for the terminal."""
+    stages = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "kind", "state", "seconds", "rows", "left out", "steps", "metrics"):
+        stages.add_column(column, justify="right" if column in ("seconds", "rows", "left out", "steps") else "left")
+    colours = {"done": "green", "cached": "cyan", "failed": "red", "interrupted": "yellow"}
+    for row in stage_rows(folder):
+        cells = [number(row[k]) if row[k] is not None else "" for k in ("rows", "left_out", "steps")]
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        stages.add_row(row["name"], row["kind"], Text(row["state"], style=colours.get(row["state"], "")), seconds, *cells, row["metrics"])
+    parts: list[Any] = [stages]
+    for name, manifest in evaluations(folder):
+        table = Table(title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.add_column("model")
+        columns = [c for c in COLUMNS if any(c in metrics for metrics in manifest["metrics"].values())]
+        for column in columns:
+            table.add_column(COLUMNS[column], justify="left" if column == "preference_by" else "right")
+        for model, metrics in manifest["metrics"].items():
+            table.add_row(model, *[percent(c, metrics.get(c)) for c in columns])
+        parts.append(table)
+        for gate in manifest["details"].get("gates", []):
+            parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))
+    return Group(*parts)

@@ -1,0 +1,89 @@
+"""`raylign init`: a complete, commented spec from a model and data files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stages.data.prepare import resolve_formats
+from stages.data.source import DataSource
+from stages.data.tokenizer import check_model_folder
+from stages.errors import DataError, Problem, SpecError
+
+SFT = """\
+  sft:                                   # supervised fine-tuning on conversations
+    kind: sft
+    data:
+{data}
+    mask: {{train_on: assistant}}          # every assistant turn and its stop token; also last_assistant, completion, all
+    train:                               # TRL's SFTConfig, by its own names
+      learning_rate: 2.0e-5
+      num_train_epochs: 1
+      per_device_train_batch_size: 8
+      gradient_accumulation_steps: 2
+      lr_scheduler_type: cosine
+      max_length: 2048                   # longer rows go to the ledger, they are never cut
+    tuning: {{method: full}}               # or {{method: lora, r: 16}}
+    # deepspeed: zero2                   # zero0 .. zero3, or a DeepSpeed JSON file
+"""
+PREFERENCE = """\
+  reward:                                # a reward model from the SFT model
+    kind: reward
+    model: stages.sft
+    data:
+{data}
+    train: {{learning_rate: 1.0e-5, num_train_epochs: 1, per_device_train_batch_size: 8, max_length: 2048}}
+  dpo:                                   # direct preference optimisation of the SFT model, beside the reward model
+    kind: dpo
+    model: stages.sft
+    data:
+{data}
+    train: {{learning_rate: 1.0e-6, beta: 0.1, num_train_epochs: 1, per_device_train_batch_size: 8, max_length: 2048}}
+"""
+EVALUATE = """\
+  # eval:                                # compare the models on rows that were held out
+  #   kind: evaluate
+  #   models: [{models}]
+  #   data: [{{path: heldout.jsonl}}]
+"""
+
+
+def write_spec(out: Path, model: str, data: list[str], preference: list[str]) -> None:
+    """Write a spec that runs.
+
+    Raises:
+        SpecError: the spec file exists already.
+        DataError: a file cannot be read, or its rows have no known format.
+    """
+    if out.exists():
+        raise SpecError([Problem("", f"{out} exists; name another file with --out")])
+    if Path(model).exists():
+        check_model_folder(model)
+        model = str(Path(model).resolve())
+    chats, pairs = _sources(data, "conversations"), _sources(preference, "preference pairs")
+    stages = SFT.format(data=_yaml(chats))
+    models = ["stages.sft"]
+    if pairs:
+        stages += PREFERENCE.format(data=_yaml(pairs))
+        models += ["stages.reward", "stages.dpo"]
+    head = (
+        f"# Written by `raylign init`. Paths are relative to this file.\nname: {out.stem}\n"
+        f"model: {json.dumps(model)}\nstorage: runs\nseed: 0\n"
+        "# cluster: {workers: 8, gpus_per_worker: 1}   # default: what this machine has\nstages:\n"
+    )
+    out.write_text(head + stages + EVALUATE.format(models=", ".join(models)))
+
+
+def _sources(paths: list[str], wanted: str) -> list[tuple[str, str]]:
+    """(path, format) of each, checked."""
+    found = []
+    for path in paths:
+        format = resolve_formats([DataSource(path=path)])[0]
+        if (format == "preference") != (wanted == "preference pairs"):
+            raise DataError(f"{path}: these rows are {format}, {wanted} are wanted here")
+        found.append((str(Path(path).resolve()), format))
+    return found
+
+
+def _yaml(sources: list[tuple[str, str]]) -> str:
+    return "\n".join(f"      - {{path: {json.dumps(path)}, format: {format}}}" for path, format in sources)

@@ -1,0 +1,133 @@
+"""What every stage is: a strict config, the artifacts it takes and makes, and a `run` that reads like a recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ArtifactKind = Literal["model", "reward model", "metrics"]
+
+
+class Config(BaseModel):
+    """Base of everything in a spec: unknown keys and wrong types are errors, nothing is changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Resources(Config):
+    """Workers that train one stage and what each of them gets."""
+
+    workers: int = Field(default=1, ge=1, description="Training workers (processes) of a stage.")
+    gpus_per_worker: int = Field(default=0, ge=0, description="GPUs each worker gets; 0 trains on the CPU.")
+    cpus_per_worker: int = Field(default=1, ge=1, description="CPUs each worker gets.")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something a stage published, or a model the user named.
+
+    `model` is what `from_pretrained` takes: a folder, or a hub id. `manifest` is empty for a user's own model.
+    """
+
+    name: str
+    kind: ArtifactKind
+    model: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+class Reporter:
+    """How a running stage says what it does: lines of JSON in its work folder, which the runner follows.
+
+    `metrics.jsonl` is kept with the artifact; `events.jsonl` (phase, progress) is what the terminal shows.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def _append(self, file: str, record: dict[str, Any]) -> None:
+        with (self.work / file).open("a") as out:
+            out.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+    def phase(self, name: str, **facts: Any) -> None:
+        """The stage has come to `name` (prepare, train, export, ...)."""
+        self._append("events.jsonl", {"phase": name, **facts})
+
+    def progress(self, done: int, total: int | None, unit: str, **values: Any) -> None:
+        self._append("events.jsonl", {"done": done, "total": total, "unit": unit, **values})
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        self._append("metrics.jsonl", {"step": step, **values})
+
+
+@dataclass
+class StageContext:
+    """Where a stage runs and what it was given. Made by the runner; everything in it can be pickled."""
+
+    name: str
+    work: Path  # private to this stage; becomes the published folder
+    prepared: Path  # content-addressed prepared data, shared by all runs of a storage
+    inputs: dict[str, list[Artifact]]  # config field -> what it refers to
+    seed: int = 0
+    resources: Resources = field(default_factory=Resources)
+    chat_template: str | None = None  # the spec's own, where it overrides the model's
+    local: bool = True  # this machine only: one CPU worker trains in the stage's own process
+
+    @property
+    def report(self) -> Reporter:
+        return Reporter(self.work)
+
+    def input(self, name: str = "model") -> Artifact:
+        return self.inputs[name][0]
+
+    @property
+    def model_dir(self) -> Path:
+        return self.work / "model"
+
+
+@dataclass
+class StageResult:
+    """What `run` returns; becomes part of the manifest."""
+
+    metrics: dict[str, Any]
+    rows: int | None = None  # rows that reached training (or evaluation)
+    tokens: int | None = None  # of which trained tokens are in metrics
+    steps: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Stage(Config, ABC):
+    """One step of the chain. Subclasses set `kind`, what they take and make, and implement `run`."""
+
+    kind: str
+
+    produces: ClassVar[ArtifactKind]
+    # config field -> kinds of artifact it accepts there; a field may hold one reference or a list of them
+    accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {}
+    uses_ray: ClassVar[bool] = True
+    # raised when a change of code changes what the same config makes: part of the fingerprint
+    version: ClassVar[int] = 1
+
+    def references(self) -> dict[str, list[str]]:
+        """Field -> the models it names, as written (`stages.NAME`, a folder or a hub id)."""
+        out: dict[str, list[str]] = {}
+        for name in self.accepts:
+            value = getattr(self, name)
+            out[name] = [] if value is None else [value] if isinstance(value, str) else list(value)
+        return out
+
+    def sources(self) -> list[Any]:
+        """Every data source the stage reads."""
+        return list(getattr(self, "data", None) or [])
+
+    @abstractmethod
+    def run(self, ctx: StageContext) -> StageResult:
+        """Do the work in `ctx.work`. Raise `RaylignError` for what the user can mend."""

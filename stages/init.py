@@ -1,0 +1,100 @@
+"""A fresh small model: its tokenizer is trained on the data, its weights are random. For trying a whole chain anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.base import Config, Stage, StageContext, StageResult
+from stages.data.chat import CHATML
+from stages.data.prepare import resolve_formats
+from stages.data.records import Conversation, Preference, Rejected, Text, normalise, rename
+from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+class TokenizerConfig(Config):
+    vocab_size: int = Field(default=4096, ge=260, description="Of the byte-level BPE tokenizer, special tokens included.")
+
+
+class Init(Stage):
+    """Makes a model from a transformers config and a byte-level BPE tokenizer trained on `data`."""
+
+    kind: Literal["init"] = "init"
+    config: dict[str, Any] = Field(description="Fields of the transformers config, `model_type` among them.")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: list[DataSource] = Field(
+        default_factory=list, description="What the tokenizer is trained on; the data of the stages that use the model."
+    )
+
+    produces: ClassVar = "model"
+    uses_ray: ClassVar[bool] = False
+
+    def run(self, ctx: StageContext) -> StageResult:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        ctx.report.phase("tokenizer")
+        tokenizer = train_tokenizer(self.data, self.tokenizer.vocab_size, ctx.chat_template or CHATML)
+        ctx.report.phase("model")
+        torch.manual_seed(ctx.seed)
+        model = AutoModelForCausalLM.from_config(model_config(self.config, tokenizer))
+        model.save_pretrained(str(ctx.model_dir))
+        tokenizer.save_pretrained(str(ctx.model_dir))
+        return StageResult({"parameters": model.num_parameters(), "vocab_size": len(tokenizer)})
+
+
+def model_config(fields: dict[str, Any], tokenizer: Any) -> Any:
+    """The transformers config of the model, with the tokenizer's own sizes and ids.
+
+    Raises:
+        ValueError: transformers has no such `model_type`.
+    """
+    from transformers import AutoConfig
+
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    return AutoConfig.for_model(**({"model_type": "llama", "vocab_size": len(tokenizer)} | ids | fields))
+
+
+def train_tokenizer(sources: Sequence[DataSource], vocab_size: int, chat_template: str) -> Any:
+    """A byte-level BPE tokenizer with ChatML's control tokens. The same data gives the same tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts(sources), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    tokenizer.add_special_tokens({"additional_special_tokens": [START]})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def texts(sources: Sequence[DataSource]) -> Iterator[str]:
+    """Every message of the data; rows that cannot be used are left to the stages that count them."""
+    for source, format in zip(sources, resolve_formats(sources), strict=True):
+        for file in find_files(source.path):
+            for chunk in chunks(0, file):
+                for _, row in read_chunk(chunk):
+                    if isinstance(row, BadRow):
+                        continue
+                    try:
+                        record = normalise(rename(row, source.columns), format)
+                    except Rejected:
+                        continue
+                    if isinstance(record, Text):
+                        yield record.text
+                    elif isinstance(record, Conversation):
+                        yield from (m["content"] for m in record.messages)
+                    elif isinstance(record, Preference):
+                        yield from (m["content"] for m in [*record.prompt, record.chosen, record.rejected])

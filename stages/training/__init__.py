@@ -1,0 +1,1 @@
+"""Ray Train and DeepSpeed under TRL's trainers: launch, feed, progress, export."""

@@ -1,0 +1,145 @@
+"""`train:` and `tuning:` take the libraries' own fields, by their own names, checked before anything heavy is imported.
+
+The fields are read from the source of the installed libraries (importing trl and torch takes seconds, a typo in a spec
+should be told in none), so they are always those of the installed version.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from pydantic import Field, create_model, model_validator
+
+from stages.base import Config
+
+# class -> (package, file of its source); a base class listed here contributes its fields
+_SOURCES = {
+    "TrainingArguments": ("transformers", "training_args.py"),
+    "_BaseConfig": ("trl", "trainer/base_config.py"),
+    "SFTConfig": ("trl", "trainer/sft_config.py"),
+    "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "DPOConfig": ("trl", "trainer/dpo_config.py"),
+    "LoraConfig": ("peft", "tuners/lora/config.py"),
+}
+
+# Fields that would contradict what the pipeline itself decides, and what to say instead.
+MANAGED = {
+    "output_dir": "the run folder decides where a stage writes",
+    "run_name": "use the spec's `name`",
+    "deepspeed": "write it beside `train`: `deepspeed: zero2`",
+    "seed": "use the spec's `seed`",
+    "data_seed": "use the spec's `seed`",
+    "chat_template_path": "use the spec's `chat_template`",
+    "model_init_kwargs": "use the spec's `model`",
+    "assistant_only_loss": "use `mask: {train_on: assistant}`",
+    "completion_only_loss": "use `mask: {train_on: completion}`",
+    "dataset_text_field": "use `columns: {text: ...}` of the data source",
+    "dataset_num_proc": "Ray Data prepares the data on every core",
+    "dataset_kwargs": "Ray Data prepares the data",
+    "resume_from_checkpoint": "run the same command again: an interrupted stage goes on by itself",
+    "push_to_hub": "publish the finished model folder instead",
+    "remove_unused_columns": "prepared data holds exactly what is used",
+    "group_by_length": "the order of the data is the feed's",
+    "packing": "packing is not built yet",
+    "padding_free": "packing is not built yet",
+    "truncation_mode": "rows longer than `max_length` go to the ledger, they are never cut",
+    "precompute_ref_log_probs": "the reference is run beside the policy for now",
+    "eval_strategy": "add an `evaluate` stage",
+    "do_eval": "add an `evaluate` stage",
+    "load_best_model_at_end": "add an `evaluate` stage",
+    "dataloader_num_workers": "Ray Data feeds the trainer",
+    "dataloader_drop_last": "every row is seen exactly once per epoch",
+    "loss_type": "",  # allowed where the trainer has it; listed for the schema only
+}
+del MANAGED["loss_type"]
+
+_NAMES: dict[str, Any] = {
+    "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "None": None,
+    "bool": bool, "dict": dict, "float": float, "int": int, "list": list, "str": str, "tuple": tuple,
+}  # fmt: skip
+
+
+class _Types(dict):  # type: ignore[type-arg]
+    """Names an annotation may use; a library's own enums are given as strings in a spec."""
+
+    def __missing__(self, name: str) -> Any:
+        return str if name.endswith(("Type", "Names", "Strategy")) else dict
+
+
+@lru_cache
+def _class_node(name: str) -> ast.ClassDef:
+    package, file = _SOURCES[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed")
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text())
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+@lru_cache
+def library_fields(name: str) -> dict[str, Any]:
+    """Field -> type of a library's config dataclass, inherited ones included."""
+    node, fields = _class_node(name), {}
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in _SOURCES:
+            fields.update(library_fields(base.id))
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            annotation = ast.unparse(statement.annotation)
+            fields[statement.target.id] = eval(annotation, {"__builtins__": {}}, _Types(_NAMES))
+    return {k: v for k, v in fields.items() if not k.startswith("_")}
+
+
+class LibraryConfig(Config):
+    """A model whose fields are a library's; `given()` is what the user said, and nothing else."""
+
+    def given(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+class TrainConfig(LibraryConfig):
+    """`train:` of a stage."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _managed(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            said = [f"{name}: {why}" for name, why in MANAGED.items() if name in values]
+            if said:
+                raise ValueError("; ".join(said))
+        return values
+
+
+def train_config(name: str) -> type[TrainConfig]:
+    """The pydantic model of a trainer's arguments (`SFTConfig`, `RewardConfig`, `DPOConfig`)."""
+    fields = {
+        k: (Optional[v], Field(default=None))  # noqa: UP045 - v is a value, not an annotation
+        for k, v in library_fields(name).items()
+        if k not in MANAGED
+    }
+    return create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload, no-any-return]
+
+
+class Full(Config):
+    """Every weight is trained."""
+
+    method: Literal["full"] = "full"
+
+
+class _Lora(LibraryConfig):
+    method: Literal["lora"]
+
+    def given(self) -> dict[str, Any]:
+        return {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]} | {
+            k: v for k, v in super().given().items() if k != "method"
+        }
+
+
+_lora_fields = {
+    k: (Optional[v], Field(default=None)) for k, v in library_fields("LoraConfig").items() if k != "task_type"  # noqa: UP045
+}
+Lora: type[_Lora] = create_model("Lora", __base__=_Lora, **_lora_fields)  # type: ignore[call-overload]

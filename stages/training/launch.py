@@ -1,0 +1,116 @@
+"""Run a function on the workers of a stage: Ray Train's TorchTrainer, kept small where one worker is enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.base import Resources
+from stages.errors import StageError
+
+# Set before Ray starts. Its PlacementGroupCleaner asks a State API that a local cluster does not run and waits 15 s for the
+# answer; a dead address and a short health check leave 0.3 s (seen with Ray 2.60, both settings are public).
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
+def quiet_ray() -> None:
+    """Ray's own progress bars and execution logs off: the pipeline shows progress itself."""
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    for name in ("enable_progress_bars", "enable_operator_progress_bars", "print_on_execution_start"):
+        setattr(context, name, False)
+    context.enable_auto_log_stats = False
+    for logger in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def worker_rank() -> tuple[int, int]:
+    """(rank, workers) inside a function that `launch` runs."""
+    import ray.train
+
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size()
+
+
+def launch(
+    function: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    *,
+    resources: Resources,
+    local: bool,
+    name: str,
+    storage: Path,
+) -> Any:
+    """Run `function(config)` on every worker and return what rank 0 returned.
+
+    One CPU worker on this machine runs in the present process (Ray Train's local mode): no actors to start, no placement
+    group, seconds less. Anything else is a Ray Train worker group.
+
+    Raises:
+        StageError: the cluster has not got what the workers need.
+        Exception: what a worker raised.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    in_process = local and resources.workers == 1 and resources.gpus_per_worker == 0
+    if not in_process:
+        _check_resources(resources)
+    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=0 if in_process else resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=None if in_process else per_worker,
+        ),
+        # A worker group that cannot start is retried for ever by default.
+        run_config=RunConfig(
+            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0, controller_failure_limit=3)
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except WorkerGroupError as error:
+        raise next(iter(error.worker_failures.values()), error) from error
+
+
+def _check_resources(resources: Resources) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
+        need = each * resources.workers
+        if need > have.get(kind, 0):
+            raise StageError(
+                f"{resources.workers} workers need {need} {kind} in all; the cluster has {have.get(kind, 0):g}. "
+                "Lower `cluster.workers` or what each worker gets"
+            )
+
+
+def join_single_process_group() -> None:
+    """A process group of one, for DeepSpeed in local mode: no port is opened, nothing is read from the environment."""
+    import torch.distributed as dist
+
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
+    )
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,118 @@
+"""What SFT, reward and DPO share: their configs' common fields, and prepare -> train -> export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from stages.base import ArtifactKind, Stage, StageContext, StageResult
+from stages.data.chat import IGNORE, TrainOn, tokenizer_spec
+from stages.data.ledger import read_entries, write_entries
+from stages.data.prepare import Prepared, Recipe, Task, prepare
+from stages.data.source import DataSource
+from stages.data.tokenizer import load_tokenizer
+from stages.training.arguments import Full, Lora, TrainConfig
+from stages.training.deepspeed import deepspeed_config
+from stages.training.launch import launch, quiet_ray
+from stages.training.trainer import Build, TrainJob, train_on_worker
+
+
+class TrainStage(Stage):
+    """A stage that trains a model from data."""
+
+    model: str | None = Field(default=None, description="stages.NAME, a folder or a hub id; the spec's model if absent.")
+    data: list[DataSource] = Field(min_length=1)
+    train: TrainConfig
+    tuning: Annotated[Full | Lora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
+    deepspeed: str | None = Field(default=None, description="zero0 .. zero3, or the path of a DeepSpeed JSON file.")
+    workers: int | None = Field(default=None, ge=1, description="Workers of this stage, where not the cluster's.")
+
+    accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"model": ("model",)}
+    task: ClassVar[Task]
+    default_max_length: ClassVar[int] = 1024
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed(cls, value: str | None) -> str | None:
+        deepspeed_config(value)
+        return value
+
+    @property
+    def max_length(self) -> int:
+        return self.train.given().get("max_length") or self.default_max_length
+
+    def recipe(self, tokenizer: Any) -> Recipe:
+        """How this stage's rows become tokens."""
+        return Recipe(self.task, tokenizer_spec(tokenizer), self.train_on(), self.max_length)
+
+    def train_on(self) -> TrainOn:
+        return "assistant"
+
+    def lora(self) -> dict[str, Any] | None:
+        """PEFT's options, or None for full training."""
+        return None if isinstance(self.tuning, Full) else self.tuning.given()
+
+
+def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageResult:
+    """Prepare the data, train on the workers, and leave model, ledger and metrics in `ctx.work`."""
+    quiet_ray()
+    ctx.report.phase("prepare")
+    model = ctx.input().model
+    tokenizer = load_tokenizer(model, ctx.chat_template)
+    recipe = stage.recipe(tokenizer)
+    data = prepare(
+        stage.data, recipe, ctx.prepared, lambda done, total: ctx.report.progress(done, total, "chunk")
+    )
+    write_ledger(data, ctx.work)
+    arguments = {k: v for k, v in stage.train.given().items() if k != "max_length"}
+    job = TrainJob(
+        task=stage.task,
+        model=model,
+        work=ctx.work,
+        groups=data.row_groups(),
+        arguments=arguments,
+        lora=stage.lora(),
+        deepspeed=deepspeed_config(stage.deepspeed),
+        chat_template=ctx.chat_template,
+        stop_ids=stop_ids(data),
+        seed=ctx.seed,
+    )
+    ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
+    outcome = launch(
+        train_on_worker,
+        {"job": job, "build": build},
+        resources=ctx.resources,
+        local=ctx.local,
+        name=ctx.work.name,
+        storage=ctx.work / "ray",
+    )
+    last = {k: v for k, v in outcome["last"].items() if k not in ("step", "epoch")}
+    trained = data.manifest["trained_tokens"]
+    metrics = {**last, "first_loss": outcome["first"].get("loss"), "train_seconds": outcome["seconds"]}
+    details = {"prepared": str(data.path), "trained_tokens": trained, "epochs": outcome["epochs"], "ledger": data.manifest["ledger"]}
+    return StageResult(metrics, rows=data.rows, tokens=data.tokens, steps=outcome["steps"], details=details)
+
+
+def write_ledger(data: Prepared, work: Path) -> None:
+    """The stage's own copy of the ledger: `ledger.json` counts, `ledger.jsonl` names every row."""
+    (work / "ledger.json").write_text(json.dumps(data.manifest["ledger"], indent=1))
+    write_entries(work / "ledger.jsonl", read_entries(data.path))
+
+
+def stop_ids(data: Prepared) -> list[int]:
+    """The tokens that end an answer, as the first rows show them."""
+    import pyarrow.parquet as pq
+
+    file, group, _ = data.row_groups()[0]
+    found: dict[int, None] = {}
+    for row in pq.ParquetFile(file).read_row_group(group).slice(0, 64).to_pylist():
+        if "chosen_ids" in row:
+            found[row["chosen_ids"][-1]] = None
+        else:
+            trained = [i for i, label in enumerate(row["labels"]) if label != IGNORE]
+            if len(trained) < len(row["labels"]):  # plain text has no stop token
+                found[row["labels"][trained[-1]]] = None
+    return list(found)
