@@ -1,7 +1,7 @@
 """What is checked of a model before the next stage may have it: it loads as it was published, in a clean process.
 
-Run as `python -m pipeline.handoff FOLDER KIND`, with nothing of ours imported but this file: the model must load with
-transformers alone. Prints one line of JSON, `{"problems": [...], "facts": {...}}`.
+`python -m pipeline.handoff` reads a line of JSON, `[folder, what it should be]`, and has nothing of ours imported but this
+file: the model must load with transformers alone. It prints one line of JSON, `{"problems": [...], "facts": {...}}`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,29 @@ from pathlib import Path
 from typing import Any
 
 
-def check(folder: Path, produces: str, log: Path) -> dict[str, Any]:
-    """Check an exported model in a fresh process; the result is kept in the manifest."""
-    command = [sys.executable, "-m", "pipeline.handoff", str(folder), produces]
-    with log.open("a") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        return {"problems": [f"the exported model does not load in a fresh process (see {log})"], "facts": {}}
-    return json.loads(lines[-1])
+class Checker:
+    """A fresh process that will check one exported model. Made while the stage still trains, so that its imports are done."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.handoff"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            )  # fmt: skip
+
+    def check(self, folder: Path, produces: str) -> dict[str, Any]:
+        """The result is kept in the manifest."""
+        out, _ = self.process.communicate(json.dumps([str(folder), produces]) + "\n")
+        lines = out.strip().splitlines()
+        if self.process.returncode != 0 or not lines:
+            return {"problems": [f"the exported model does not load in a fresh process (see {self.log})"], "facts": {}}
+        return json.loads(lines[-1])
+
+    def drop(self) -> None:
+        """Not needed after all."""
+        self.process.kill()
+        self.process.communicate()
 
 
 def inspect_model(folder: str, produces: str) -> dict[str, Any]:
@@ -68,8 +82,17 @@ def inspect_model(folder: str, produces: str) -> dict[str, Any]:
     return {"problems": problems, "facts": facts}
 
 
-if __name__ == "__main__":
+def main() -> None:
     import warnings
 
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # the slow part, done before it is waited for
+
+    assert AutoModelForCausalLM and AutoTokenizer
     warnings.simplefilter("ignore")
-    print(json.dumps(inspect_model(sys.argv[1], sys.argv[2])))
+    line = sys.stdin.readline()
+    if line:
+        print(json.dumps(inspect_model(*json.loads(line))))
+
+
+if __name__ == "__main__":
+    main()

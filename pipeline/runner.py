@@ -9,19 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import handoff
 from pipeline.artifacts import RunFolder, read_json
+from pipeline.handoff import Checker
 from pipeline.plan import Plan, PlannedStage, lineage, machine_gpus
 from pipeline.progress import Terminal
 from pipeline.report import write_report
 from pipeline.stage_process import StageJob, send
 from stages.base import Artifact, StageContext
 from stages.errors import StageError
-from stages.training.launch import RAY_ENVIRONMENT
+from stages.training.launch import ENVIRONMENT
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
 LOG_TAIL = 12
@@ -54,8 +54,8 @@ class RayCluster:
     def start(self) -> None:
         """Begin to start it; takes seconds, in which other things can be done."""
         if self.local and self._thread is None:
-            os.environ.update({k: os.environ.get(k, v) for k, v in RAY_ENVIRONMENT.items()})
-            # Nobody listens there: what asks the dashboard for its State API is told so at once (see RAY_ENVIRONMENT).
+            os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
+            # Nobody listens there: what asks the dashboard for its State API is told so at once (see ENVIRONMENT).
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
             self._thread = threading.Thread(target=self._start, daemon=True)
             self._thread.start()
@@ -108,7 +108,7 @@ class Running:
     process: subprocess.Popen[bytes]
     started: float
     work: Path
-    checking: bool = field(default=False)
+    checker: Checker | None = None
 
 
 class _Run:
@@ -209,7 +209,7 @@ class _Run:
         )
         address = self.cluster.address() if planned.stage.uses_ray else None
         config = planned.stage.model_dump(exclude_unset=True) | {"kind": planned.stage.kind}
-        environment = {**RAY_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
         if self.cluster.local:
             environment.pop("RAY_ADDRESS", None)
         with self.folder.log(name).open("ab") as log:
@@ -234,6 +234,8 @@ class _Run:
     def _watch(self) -> None:
         for name, running in list(self.running.items()):
             self.terminal.follow(name, running.work / "events.jsonl")
+            if running.checker is None and self.terminal.phase.get(name) in ("train", "model"):
+                running.checker = Checker(self.folder.log(name))
             code = running.process.poll()
             if code is None:
                 continue
@@ -246,11 +248,14 @@ class _Run:
         name, planned, work = running.planned.name, running.planned, running.work
         result = read_json(work / "result.json")
         if code != 0 or result is None:
+            if running.checker is not None:
+                running.checker.drop()
             self._fail(running, _cause(work, code))
             return
         checked: dict[str, Any] = {"problems": [], "facts": {}}
         if planned.stage.produces != "metrics":
-            checked = handoff.check(work / "model", planned.stage.produces, self.folder.log(name))
+            checker = running.checker or Checker(self.folder.log(name))
+            checked = checker.check(work / "model", planned.stage.produces)
         if checked["problems"]:
             self._fail(running, "handoff refused: " + "; ".join(checked["problems"]))
             return
@@ -286,6 +291,8 @@ class _Run:
     def _stop_all(self) -> None:
         for name, running in self.running.items():
             os.killpg(running.process.pid, signal.SIGTERM)
+            if running.checker is not None:
+                running.checker.drop()
             try:
                 running.process.wait(5)
             except subprocess.TimeoutExpired:

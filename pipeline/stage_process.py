@@ -67,9 +67,9 @@ def run(job: StageJob) -> dict[str, Any]:
     from stages import KINDS
 
     if job.ray_address is not None:
-        import ray
+        from stages.training.launch import connect
 
-        ray.init(address=job.ray_address, log_to_driver=True, logging_level="ERROR")
+        connect(job.ray_address)
     stage = KINDS[job.kind].model_validate(job.config)
     return stage.run(job.context).as_dict()
 

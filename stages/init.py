@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.base import Config, Stage, StageContext, StageResult
-from stages.data.chat import CHATML
+from stages.data.chat import CHATML, ChatEncoder, TokenizerSpec
 from stages.data.prepare import resolve_formats
-from stages.data.records import Conversation, Preference, Rejected, Text, normalise, rename
+from stages.data.records import Conversation, Record, Rejected, Text, normalise, rename
 from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -67,34 +69,40 @@ def train_tokenizer(sources: Sequence[DataSource], vocab_size: int, chat_templat
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([PAD, START, END])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, START, END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts(sources), trainer)
+    encoder = ChatEncoder(TokenizerSpec(json=bpe.to_str(), chat_template=chat_template))
+    bpe.train_from_iterator(texts(sources, encoder), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
     tokenizer.add_special_tokens({"additional_special_tokens": [START]})
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def texts(sources: Sequence[DataSource]) -> Iterator[str]:
-    """Every message of the data; rows that cannot be used are left to the stages that count them."""
+def texts(sources: Sequence[DataSource], encoder: ChatEncoder) -> Iterator[str]:
+    """The data as the model will see it, without the control tokens; rows that cannot be used are left to the stages."""
+    control = re.compile("|".join(re.escape(token) for token in encoder.control))
+    for record in records(sources):
+        if isinstance(record, Text):
+            yield record.text
+        elif isinstance(record, Conversation):
+            yield from control.split(encoder.render(record.messages))
+        else:
+            yield from control.split(encoder.render([*record.prompt, record.chosen]))
+            yield str(record.rejected["content"])
+
+
+def records(sources: Sequence[DataSource]) -> Iterator[Record]:
+    """Every row of the data that is a record."""
     for source, format in zip(sources, resolve_formats(sources), strict=True):
         for file in find_files(source.path):
             for chunk in chunks(0, file):
                 for _, row in read_chunk(chunk):
-                    if isinstance(row, BadRow):
-                        continue
-                    try:
-                        record = normalise(rename(row, source.columns), format)
-                    except Rejected:
-                        continue
-                    if isinstance(record, Text):
-                        yield record.text
-                    elif isinstance(record, Conversation):
-                        yield from (m["content"] for m in record.messages)
-                    elif isinstance(record, Preference):
-                        yield from (m["content"] for m in [*record.prompt, record.chosen, record.rejected])
+                    if not isinstance(row, BadRow):
+                        with suppress(Rejected):
+                            yield normalise(rename(row, source.columns), format)

@@ -10,9 +10,12 @@ from typing import Any
 from stages.base import Resources
 from stages.errors import StageError
 
-# Set before Ray starts. Its PlacementGroupCleaner asks a State API that a local cluster does not run and waits 15 s for the
+# The environment of stages and workers, set before Ray starts. Ray's PlacementGroupCleaner asks a State API that a local cluster does not run and waits 15 s for the
 # answer; a dead address and a short health check leave 0.3 s (seen with Ray 2.60, both settings are public).
-RAY_ENVIRONMENT = {
+# Waiting OpenMP threads sleep rather than spin: where another process wants the same core, spinning made a small model's
+# forward pass 17 times slower (LOG.md, 2026-11-21).
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
@@ -36,6 +39,23 @@ def quiet_ray() -> None:
     context.enable_auto_log_stats = False
     for logger in ("ray", "ray.data", "ray.train"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def connect(address: str) -> None:
+    """Join the cluster, and have a worker process started and its imports done while the stage does its own."""
+    import ray
+
+    ray.init(address=address, log_to_driver=True, logging_level="ERROR")
+
+    @ray.remote(num_cpus=0)
+    def warm_up() -> None:
+        import stages.data.prepare
+        from stages.data.chat import CHATML, compile_template
+
+        assert stages.data.prepare
+        compile_template(CHATML)
+
+    warm_up.remote()
 
 
 def worker_rank() -> tuple[int, int]:
