@@ -209,9 +209,7 @@ class _Run:
         )
         address = self.cluster.address() if planned.stage.uses_ray else None
         config = planned.stage.model_dump(exclude_unset=True) | {"kind": planned.stage.kind}
-        environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
-        if self.cluster.local:
-            environment.pop("RAY_ADDRESS", None)
+        environment = self._environment(planned, threads)
         with self.folder.log(name).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.stage_process"],
@@ -223,6 +221,16 @@ class _Run:
         self.running[name] = Running(planned, process, time.time(), work)
         self._set(name, state="running", started=time.time(), workers=planned.resources.workers)
         self.terminal.stage(name, planned.stage.kind, "running", resumed=planned.state == "resume")
+
+    def _environment(self, planned: PlannedStage, threads: int) -> dict[str, str]:
+        environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        if self.cluster.local:
+            environment.pop("RAY_ADDRESS", None)
+        train = getattr(planned.stage, "train", None)
+        if planned.resources.gpus_per_worker == 0 and not (train and train.given().get("torch_compile")):
+            # DeepSpeed's Muon optimizer is compiled when it is imported, used or not: a second and a half.
+            environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+        return environment
 
     def _artifact(self, ref: str) -> Artifact:
         if ref.startswith("stages."):

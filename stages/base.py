@@ -61,6 +61,13 @@ class Reporter:
     def progress(self, done: int, total: int | None, unit: str, **values: Any) -> None:
         self._append("events.jsonl", {"done": done, "total": total, "unit": unit, **values})
 
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after `step`: training goes on from there."""
+        path = self.work / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in lines))
+
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})
 

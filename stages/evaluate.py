@@ -79,8 +79,7 @@ class Evaluate(Stage):
                 job,
                 resources=ctx.resources,
                 local=ctx.local,
-                name=f"{ctx.work.name}-{artifact.name}",
-                storage=ctx.work / "ray",
+                folder=ctx.work / "ray" / artifact.name,
             )
             metrics[artifact.name], samples[artifact.name] = outcome["metrics"], outcome["samples"]
             ctx.report.metrics(0, {"model": artifact.name, **outcome["metrics"]})

@@ -350,7 +350,7 @@ def _make(
             return prepare_chunk(row["index"], chunk, sources[chunk.source], formats[chunk.source], recipe, work)
 
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        blocks = min(len(todo), 4 * cpus)
+        blocks = min(len(todo), 2 * cpus)  # few blocks with several chunks each: a block costs tens of milliseconds
         items = [{"index": i} for i in range(len(todo))]
         results = []
         for result in ray.data.from_items(items, override_num_blocks=blocks).map(one).iter_rows():

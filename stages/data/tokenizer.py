@@ -47,16 +47,27 @@ def read_chat_template(setting: str | None) -> str | None:
     return path.read_text()
 
 
+def _tokenizer_class(model: str) -> Any:
+    """AutoTokenizer, or the generic class itself where the folder names it: the same object without importing torch."""
+    config = Path(model) / "tokenizer_config.json"
+    if config.is_file() and (Path(model) / "tokenizer.json").is_file():
+        if json.loads(config.read_text()).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
 def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
     """The model's tokenizer with the chat template that will be used and saved, and a pad token that is not a stop token.
 
     Raises:
         DataError: no tokenizer, no chat template, or no token that can be used for padding.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = _tokenizer_class(model).from_pretrained(model)
     except (OSError, ValueError) as error:
         raise DataError(f"{model}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
     if chat_template:

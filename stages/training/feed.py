@@ -105,18 +105,24 @@ class Feed:
 
     Args:
         groups: the row groups of the prepared data (`Prepared.row_groups()`).
-        start_step: optimiser steps already done, over all epochs.
+        steps: optimiser steps in all, over all epochs; the feed ends there.
+        start_step: optimiser steps already done.
     """
 
     def __init__(
-        self, groups: list[Group], *, rank: int, shares: Shares, epochs: int, seed: int, start_step: int = 0
+        self, groups: list[Group], *, rank: int, shares: Shares, steps: int, seed: int, start_step: int = 0
     ) -> None:
-        self.groups, self.rank, self.shares, self.epochs, self.seed = groups, rank, shares, epochs, seed
+        self.groups, self.rank, self.shares, self.steps, self.seed = groups, rank, shares, steps, seed
         self.rows = sum(rows for _, _, rows in groups)
         self.steps_per_epoch = shares.steps(self.rows)
         self.step = start_step
         self._stream: Iterator[Row] | None = None
         self._next: Row | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are begun."""
+        return -(-self.steps // self.steps_per_epoch)
 
     @property
     def micro_batches(self) -> int:
@@ -133,7 +139,7 @@ class Feed:
             self._stream = self._rows()
             self._next = next(self._stream, None)
         epoch = self.step // self.steps_per_epoch
-        while self.step < (epoch + 1) * self.steps_per_epoch:
+        while self.step < min((epoch + 1) * self.steps_per_epoch, self.steps):
             rows = self._take(epoch, self.step % self.steps_per_epoch)
             self.step += 1
             size = self.shares.batch_size

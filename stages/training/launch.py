@@ -72,13 +72,13 @@ def launch(
     *,
     resources: Resources,
     local: bool,
-    name: str,
-    storage: Path,
+    folder: Path,
 ) -> Any:
     """Run `function(config)` on every worker and return what rank 0 returned.
 
     One CPU worker on this machine runs in the present process (Ray Train's local mode): no actors to start, no placement
-    group, seconds less. Anything else is a Ray Train worker group.
+    group, seconds less. Anything else is a Ray Train worker group, whose run folder is `folder`: checkpoints written in it
+    are reported where they lie.
 
     Raises:
         StageError: the cluster has not got what the workers need.
@@ -103,7 +103,9 @@ def launch(
         ),
         # A worker group that cannot start is retried for ever by default.
         run_config=RunConfig(
-            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0, controller_failure_limit=3)
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
         ),
     )
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,7 +18,7 @@ from stages.data.tokenizer import load_tokenizer
 from stages.training.arguments import Full, Lora, TrainConfig
 from stages.training.deepspeed import deepspeed_config
 from stages.training.launch import launch, quiet_ray
-from stages.training.trainer import Build, TrainJob, train_on_worker
+from stages.training.trainer import Build, TrainJob, import_trainers, train_on_worker
 
 
 class TrainStage(Stage):
@@ -62,10 +63,12 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
     ctx.report.phase("prepare")
     model = ctx.input().model
     tokenizer = load_tokenizer(model, ctx.chat_template)
-    recipe = stage.recipe(tokenizer)
+    imports = threading.Thread(target=import_trainers)
+    imports.start()
     data = prepare(
-        stage.data, recipe, ctx.prepared, lambda done, total: ctx.report.progress(done, total, "chunk")
+        stage.data, stage.recipe(tokenizer), ctx.prepared, lambda done, total: ctx.report.progress(done, total, "chunk")
     )
+    imports.join()
     write_ledger(data, ctx.work)
     arguments = {k: v for k, v in stage.train.given().items() if k != "max_length"}
     job = TrainJob(
@@ -86,8 +89,7 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         {"job": job, "build": build},
         resources=ctx.resources,
         local=ctx.local,
-        name=ctx.work.name,
-        storage=ctx.work / "ray",
+        folder=ctx.work,
     )
     last = {k: v for k, v in outcome["last"].items() if k not in ("step", "epoch")}
     trained = data.manifest["trained_tokens"]

@@ -99,6 +99,15 @@ class TrainerParts:
 Build = Callable[[TrainerParts], Any]
 
 
+def import_trainers() -> None:
+    """The seconds of imports a trainer needs, to be done while the data is being prepared."""
+    import deepspeed
+    import ray.train.torch
+    import trl.trainer.sft_trainer
+
+    assert deepspeed and ray.train.torch and trl
+
+
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker does: build the trainer, train from the last checkpoint or the start, save the model."""
     import torch
@@ -117,23 +126,20 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     rows = sum(count for _, _, count in job.groups)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * shares.steps(rows))
     checkpoint, done = last_checkpoint(job.work / "checkpoints")
-    epochs = math.ceil(total / shares.steps(rows))
-    feed = Feed(job.groups, rank=rank, shares=shares, epochs=epochs, seed=job.seed, start_step=done)
+    feed = Feed(job.groups, rank=rank, shares=shares, steps=total, seed=job.seed, start_step=done)
     trainer.loader = FeedLoader(feed, trainer.data_collator, PLACEHOLDERS[job.task])
-    if done < total:  # a finished checkpoint must not be trained one step more
-        started = time.time()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.time() - started
-    else:
-        seconds = 0.0
-        trainer._load_from_checkpoint(checkpoint)
+    if rank == 0:
+        Reporter(job.work).rewind(done)
+    started = time.time()
+    trainer.train(resume_from_checkpoint=checkpoint)  # of a finished checkpoint the feed gives nothing more to train
+    seconds = time.time() - started
     if rank == 0:
         Reporter(job.work).phase("export")
     _save(trainer, job, rank)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "steps": int(trainer.state.global_step) or done,
-        "epochs": epochs,
+        "steps": int(trainer.state.global_step),
+        "epochs": feed.epochs,
         "seconds": round(seconds, 3),
         "resumed_at_step": done,
         "last": history[-1] if history else {},
