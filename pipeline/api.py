@@ -42,9 +42,13 @@ class Pipeline:
         SpecError: with every mistake.
     """
 
-    def __init__(self, *, model: str | dict[str, Any], stages: Mapping[str, Stage | dict[str, Any]], **settings: Any) -> None:
+    def __init__(
+        self, *, model: str | dict[str, Any], stages: Mapping[str, Stage | dict[str, Any]], **settings: Any
+    ) -> None:
         plain = {
-            name: stage.model_dump(exclude_unset=True) | {"kind": stage.kind} if isinstance(stage, Stage) else dict(stage)
+            name: stage.model_dump(exclude_unset=True) | {"kind": stage.kind}
+            if isinstance(stage, Stage)
+            else dict(stage)
             for name, stage in stages.items()
         }
         self.spec: Spec = build_spec({"model": model, "stages": plain, **settings}, folder=Path.cwd())
@@ -70,5 +74,6 @@ class Pipeline:
         plan = self.plan()
         run_plan(plan, quiet=quiet)
         return {
-            s.name: StageOutcome(s.name, plan.folder.stage(s.name), plan.folder.manifest(s.name) or {}) for s in plan.stages
+            s.name: StageOutcome(s.name, plan.folder.stage(s.name), plan.folder.manifest(s.name) or {})
+            for s in plan.stages
         }

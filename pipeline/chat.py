@@ -19,7 +19,9 @@ def choose_model(folder: RunFolder, stage: str | None) -> Path:
     """
     names = [n for n in folder.state().get("stages", {}) if (folder.manifest(n) or {}).get("produces") == "model"]
     if stage is not None and stage not in names:
-        raise DataError(f"--stage {stage}: no published model of that name; there are: {', '.join(names) or 'none yet'}")
+        raise DataError(
+            f"--stage {stage}: no published model of that name; there are: {', '.join(names) or 'none yet'}"
+        )
     if not names:
         raise DataError(f"{folder.path}: no model is published in this run yet")
     return folder.stage(stage or names[-1]) / "model"
@@ -43,7 +45,9 @@ def talk(run: Path, stage: str | None, max_new_tokens: int, console: Console) ->
         if not line:
             return
         messages.append({"role": "user", "content": line})
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,4 +1,7 @@
-"""The `raylign` command. Exit codes: 0 done; 1 a stage or gate failed; 2 the spec, data or arguments are wrong; 130 interrupted."""
+"""The `raylign` command.
+
+Exit codes: 0 done; 1 a stage or gate failed; 2 the spec, the data or the arguments are wrong; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from stages.errors import RaylignError
 
@@ -22,7 +25,9 @@ console = Console()
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override one value of the spec.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override one value of the spec.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -57,14 +62,30 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
         print(json.dumps({"stages": rows}, indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "kind", "from", "state", "rows", "tokens", "steps", "workers", "memory/worker", "fits", "why"):
-        table.add_column(column, justify="right" if column in ("rows", "tokens", "steps", "workers", "memory/worker") else "left")
+    for column in (
+        "stage",
+        "kind",
+        "from",
+        "state",
+        "rows",
+        "tokens",
+        "steps",
+        "workers",
+        "memory/worker",
+        "fits",
+        "why",
+    ):
+        table.add_column(
+            column, justify="right" if column in ("rows", "tokens", "steps", "workers", "memory/worker") else "left"
+        )
     for row in rows:
         numbers = ["" if row[k] is None else f"{row[k]:,}" for k in ("rows", "tokens", "steps", "workers")]
         memory = row["memory_per_worker_bytes"]
         shown = "" if memory is None else f"{memory / 2**20:,.1f} MiB"
         inputs = ", ".join(row["inputs"])
-        table.add_row(row["name"], row["kind"], inputs, row["state"], *numbers, shown, "yes" if row["fits"] else "no", row["why"])
+        table.add_row(
+            row["name"], row["kind"], inputs, row["state"], *numbers, shown, "yes" if row["fits"] else "no", row["why"]
+        )
     console.print(table)
     console.print("memory is weights, gradients and optimizer in float32; activations come on top", style="dim")
 
@@ -138,7 +159,9 @@ def init(
     from pipeline.template import write_spec
 
     write_spec(out, model, data, preference or [])
-    console.print(f"written: {out}; look at the data with `raylign inspect {out}`, then `raylign run {out}`", highlight=False)
+    console.print(
+        f"written: {out}; look at the data with `raylign inspect {out}`, then `raylign run {out}`", highlight=False
+    )
 
 
 @app.command()
@@ -173,10 +196,11 @@ def main() -> None:
             errors.print_exception()
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         _exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        _exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except TyperException as error:
+        if message := error.format_message():  # empty where the help was asked for by giving nothing
+            errors.print(f"error: {message}; see --help", style="red", highlight=False, markup=False)
+        _exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; run the same command again to go on", style="yellow")
         _exit(130)
     except Exception as error:

@@ -56,7 +56,9 @@ def inspect_model(folder: str, produces: str) -> dict[str, Any]:
     if not tokenizer.chat_template:
         problems.append("there is no chat template beside the model")
     if model.config.pad_token_id != tokenizer.pad_token_id:
-        problems.append(f"pad token: {model.config.pad_token_id} in the config, {tokenizer.pad_token_id} in the tokenizer")
+        problems.append(
+            f"pad token: {model.config.pad_token_id} in the config, {tokenizer.pad_token_id} in the tokenizer"
+        )
     stops: list[int] = []
     if produces == "model":
         eos = model.generation_config.eos_token_id

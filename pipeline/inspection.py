@@ -15,14 +15,15 @@ from rich.console import Group
 from rich.text import Text
 
 from pipeline.plan import Plan, PlannedStage
-from stages.data.chat import IGNORE, ChatEncoder, Encoded, Refused, tokenizer_spec
+from stages.data.chat import IGNORE, ChatEncoder, Encoded, Refused
 from stages.data.ledger import LedgerEntry
 from stages.data.prepare import Recipe, encode_rows, encoder_for, resolve_formats
-from stages.data.records import Conversation, Preference, Rejected, Text as PlainText, normalise, rename
+from stages.data.records import Conversation, Preference, Rejected, normalise, rename
+from stages.data.records import Text as PlainText
 from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import RaylignError, StageError
-from stages.init import train_tokenizer, CHATML
+from stages.init import CHATML, train_tokenizer
 from stages.training.stage import TrainStage
 
 LEDGER_ROWS = 10_000  # rows of a stage that are looked at for the ledger
@@ -87,12 +88,12 @@ def stage_tokenizer(plan: Plan, planned: PlannedStage) -> Any:
     while model.startswith("stages."):
         made = plan[model.removeprefix("stages.")]
         if made.state == "cached":
-            return load_tokenizer(str(plan.folder.artifact(made.name).model), plan.spec.chat_template)
+            return load_tokenizer(str(plan.folder.artifact(made.name).model), plan.spec.template)
         if made.stage.kind == "init":
             config: Any = made.stage
-            return train_tokenizer(config.data, config.tokenizer.vocab_size, plan.spec.chat_template or CHATML)
+            return train_tokenizer(config.data, config.tokenizer.vocab_size, plan.spec.template or CHATML)
         model = made.inputs["model"][0]
-    return load_tokenizer(model, plan.spec.chat_template)
+    return load_tokenizer(model, plan.spec.template)
 
 
 def _encoded(
@@ -187,21 +188,31 @@ def render(inspection: Inspection) -> Group:
     return Group(*parts)
 
 
+STYLE = (
+    "body{font:15px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+    "pre{white-space:pre-wrap}mark{background:#7bd88f}"
+)
+
+
+def _marked(segment: dict[str, Any]) -> str:
+    tag = "mark" if segment["trained"] else "span"
+    return f"<{tag} title='{segment['role']}'>{html.escape(segment['text'])}</{tag}>"
+
+
 def render_html(inspection: Inspection) -> str:
     """One self-contained page."""
     body = []
     for row in inspection.rows:
-        marked = "".join(
-            f"<{'mark' if s['trained'] else 'span'} title='{s['role']}'>{html.escape(s['text'])}</{'mark' if s['trained'] else 'span'}>"
-            for s in row["segments"]
-        )
+        marked = "".join(_marked(segment) for segment in row["segments"])
         which = f" ({row['answer']})" if "answer" in row else ""
         title = html.escape(f"{row['source']}:{row['row']}{which}")
         body.append(f"<h3>{title}: {row['tokens']} tokens, {row['trained_tokens']} trained</h3><pre>{marked}</pre>")
-    ledger = "".join(f"<li>{html.escape(reason)}: {count}</li>" for reason, count in inspection.ledger.items()) or "<li>none</li>"
-    style = "body{font:15px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}pre{white-space:pre-wrap}mark{background:#7bd88f}"
+    ledger = (
+        "".join(f"<li>{html.escape(reason)}: {count}</li>" for reason, count in inspection.ledger.items())
+        or "<li>none</li>"
+    )
     return (
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(inspection.stage)}</title><style>{style}</style>"
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(inspection.stage)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(inspection.stage)}</h1><p>{inspection.looked_at} rows looked at. Marked text is trained.</p>"
         f"{''.join(body)}<h2>Left out</h2><ul>{ledger}</ul>"
     )

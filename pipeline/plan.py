@@ -21,7 +21,17 @@ from stages.training.stage import TrainStage
 
 State = Literal["cached", "resume", "run"]
 # Config that cannot change what a stage makes.
-NOT_IN_FINGERPRINT = {"data", "model", "models", "logging_steps", "save_steps", "save_total_limit", "report_to", "gates", "shown"}
+NOT_IN_FINGERPRINT = {
+    "data",
+    "model",
+    "models",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "gates",
+    "shown",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,13 @@ def make_plan(spec: Spec) -> Plan:
             state, why = "resume", "interrupted; goes on from its last checkpoint"
         else:
             state = "run"
-            why = "not made yet" if folder.manifest(name) is None else "its inputs change" if changed else "it or its data changed"
+            why = (
+                "not made yet"
+                if folder.manifest(name) is None
+                else "its inputs change"
+                if changed
+                else "it or its data changed"
+            )
         stages.append(PlannedStage(name, stage, inputs, needs, fingerprint, state, resources, why))
     return Plan(spec, folder, stages)
 
@@ -101,7 +117,7 @@ def fingerprint_of(
             for name, refs in inputs.items()
         },
         "seed": spec.seed,
-        "chat_template": spec.chat_template,
+        "chat_template": spec.template,
         "workers": resources.workers,
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -145,7 +161,9 @@ def resources_for(stage: Stage, cluster: Cluster, gpus: Callable[[], int] = mach
     if workers is None:
         trains = isinstance(stage, TrainStage)
         workers = (cluster.workers or max(here, 1)) if trains else 1
-    return Resources(workers=workers, gpus_per_worker=each if stage.uses_ray else 0, cpus_per_worker=cluster.cpus_per_worker or 1)
+    return Resources(
+        workers=workers, gpus_per_worker=each if stage.uses_ray else 0, cpus_per_worker=cluster.cpus_per_worker or 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------ `raylign plan`
@@ -172,7 +190,9 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
         if isinstance(stage, TrainStage):
             steps = planned_steps(stage, rows, resources.workers)
     need = {"CPU": resources.cpus_per_worker * resources.workers, "GPU": resources.gpus_per_worker * resources.workers}
-    lacking = [f"needs {n} {k}, this machine has {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)]
+    lacking = [
+        f"needs {n} {k}, this machine has {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)
+    ]
     memory = training_memory(plan, planned) if isinstance(stage, TrainStage) else None
     return {
         "name": planned.name,
@@ -278,4 +298,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-__all__ = ["Plan", "PlannedStage", "describe", "fingerprint_of", "lineage", "make_plan", "order", "read_json", "read_metrics"]
+__all__ = [
+    "Plan",
+    "PlannedStage",
+    "describe",
+    "fingerprint_of",
+    "lineage",
+    "make_plan",
+    "order",
+    "read_json",
+    "read_metrics",
+]

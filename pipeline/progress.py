@@ -18,7 +18,9 @@ SHOWN = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "parameter
 
 def brief(metrics: dict[str, Any]) -> str:
     """The few metrics of a stage that are worth a line."""
-    parts = [f"{name.removeprefix('rewards/')} {number(metrics[name])}" for name in SHOWN if metrics.get(name) is not None]
+    parts = [
+        f"{name.removeprefix('rewards/')} {number(metrics[name])}" for name in SHOWN if metrics.get(name) is not None
+    ]
     return ", ".join(parts)
 
 
@@ -52,7 +54,14 @@ class Terminal:
         self.live.stop()
 
     def stage(
-        self, name: str, kind: str, state: str, *, seconds: float = 0, metrics: dict[str, Any] | None = None, resumed: bool = False
+        self,
+        name: str,
+        kind: str,
+        state: str,
+        *,
+        seconds: float = 0,
+        metrics: dict[str, Any] | None = None,
+        resumed: bool = False,
     ) -> None:
         """A stage has come to a state: cached, running, done or failed."""
         if state == "running":
@@ -61,7 +70,11 @@ class Terminal:
             return
         if name in self.bars:
             self.live.remove_task(self.bars.pop(name))
-        style, tail = {"cached": ("cyan", "unchanged"), "done": ("green", f"done in {seconds:.1f} s"), "failed": ("red", "failed")}[state]
+        style, tail = {
+            "cached": ("cyan", "unchanged"),
+            "done": ("green", f"done in {seconds:.1f} s"),
+            "failed": ("red", "failed"),
+        }[state]
         said = brief(metrics or {})
         self._say(f"{name}: [{style}]{tail}[/]" + (f"  ({said})" if said else ""))
 

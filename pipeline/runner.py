@@ -145,14 +145,24 @@ class _Run:
         (self.folder.path / "logs").mkdir(exist_ok=True)
         stages = {}
         for planned in self.plan.stages:
-            record: dict[str, Any] = {"kind": planned.stage.kind, "fingerprint": planned.fingerprint, "state": "waiting"}
+            record: dict[str, Any] = {
+                "kind": planned.stage.kind,
+                "fingerprint": planned.fingerprint,
+                "state": "waiting",
+            }
             if planned.state == "cached":
                 self.folder.recall(planned.name, planned.fingerprint)
                 self.done.add(planned.name)
                 record["state"] = "cached"
                 self.terminal.stage(planned.name, planned.stage.kind, "cached")
             stages[planned.name] = record
-        self.state = {"name": self.plan.spec.name, "state": "running", "started": time.time(), "pid": os.getpid(), "stages": stages}
+        self.state = {
+            "name": self.plan.spec.name,
+            "state": "running",
+            "started": time.time(),
+            "pid": os.getpid(),
+            "stages": stages,
+        }
         self.folder.save_state(self.state)
 
     def _set(self, name: str, **values: Any) -> None:
@@ -204,7 +214,7 @@ class _Run:
             inputs={field: [self._artifact(ref) for ref in refs] for field, refs in planned.inputs.items()},
             seed=self.plan.spec.seed,
             resources=planned.resources,
-            chat_template=self.plan.spec.chat_template,
+            chat_template=self.plan.spec.template,
             local=self.cluster.local,
         )
         address = self.cluster.address() if planned.stage.uses_ray else None
@@ -291,7 +301,9 @@ class _Run:
 
     def _fail(self, running: Running, cause: str) -> None:
         name, log = running.planned.name, self.folder.log(running.planned.name)
-        message = f"stage {name} failed: {cause}\n  log: {log}\n  what was done stays; run the same command again to go on"
+        message = (
+            f"stage {name} failed: {cause}\n  log: {log}\n  what was done stays; run the same command again to go on"
+        )
         self.failed[name] = message
         self._set(name, state="failed", error=cause, seconds=round(time.time() - running.started, 2))
         self.terminal.stage(name, running.planned.stage.kind, "failed")

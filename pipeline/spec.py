@@ -34,7 +34,9 @@ RESERVED = {"logs", "report", "run", "spec"}
 class Cluster(Config):
     """What every training stage gets; what is not said is what this machine has."""
 
-    workers: int | None = Field(default=None, ge=1, description="Training workers: one per GPU, or one on a CPU machine.")
+    workers: int | None = Field(
+        default=None, ge=1, description="Training workers: one per GPU, or one on a CPU machine."
+    )
     gpus_per_worker: int | None = Field(default=None, ge=0, description="1 where there are GPUs.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="CPUs each worker gets, 1 by default.")
 
@@ -57,6 +59,11 @@ class Spec(Config):
     stages: dict[str, Any]
     file: str | None = None
 
+    @property
+    def template(self) -> str | None:
+        """The text of the chat template, where the spec names one."""
+        return read_chat_template(self.chat_template)
+
     def references(self, name: str) -> dict[str, list[str]]:
         """Field -> what it refers to (`stages.NAME`, a folder or a hub id), the spec's model where nothing is said."""
         stage: Stage = self.stages[name]
@@ -74,11 +81,11 @@ class Spec(Config):
         """The resolved spec: defaults that were not said stay unsaid, paths are absolute."""
         stages = {n: s.model_dump(exclude_unset=True, mode="json") | {"kind": s.kind} for n, s in self.stages.items()}
         model: Any = self.model
-        if self.model == f"stages.{BASE}":
+        if model == f"stages.{BASE}":
             model = {"init": {k: v for k, v in stages.pop(BASE).items() if k != "kind"}}
-        head = {"name": self.name, "model": model, "storage": self.storage, "seed": self.seed}
+        head: dict[str, Any] = {"name": self.name, "model": model, "storage": self.storage, "seed": self.seed}
         cluster = self.cluster.model_dump(exclude_unset=True)
-        extra = {"cluster": cluster} if cluster else {}
+        extra: dict[str, Any] = {"cluster": cluster} if cluster else {}
         if self.chat_template:
             extra["chat_template"] = self.chat_template
         return {**head, **extra, "stages": stages}
@@ -115,7 +122,9 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         tree = yaml.load(file.read_text())
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise SpecError([Problem("", f"not YAML: {error.problem}", mark.line + 1 if mark else None)], str(path)) from error
+        raise SpecError(
+            [Problem("", f"not YAML: {error.problem}", mark.line + 1 if mark else None)], str(path)
+        ) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise SpecError([Problem("", f"not YAML: {error}")], str(path)) from error
     if not isinstance(tree, CommentedMap):
@@ -125,13 +134,17 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         _apply_override(tree, override, problems)
     lines: dict[tuple[Any, ...], int] = {}
     raw = _plain(tree, (), lines, problems)
-    return build_spec(raw, folder=file.resolve().parent, lines=lines, file=str(path), default_name=file.stem, problems=problems)
+    return build_spec(
+        raw, folder=file.resolve().parent, lines=lines, file=str(path), default_name=file.stem, problems=problems
+    )
 
 
 def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        problems.append(Problem(f"--set {override}", "write it as path=value, for example stages.sft.train.max_steps=10"))
+        problems.append(
+            Problem(f"--set {override}", "write it as path=value, for example stages.sft.train.max_steps=10")
+        )
         return
     keys: list[Any] = path.split(".")
     try:
@@ -143,7 +156,9 @@ def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
     for i, key in enumerate(keys):
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                problems.append(Problem(f"--set {path}", f"{'.'.join(keys[:i])} is a list of {len(node)}, {key!r} is not in it"))
+                problems.append(
+                    Problem(f"--set {path}", f"{'.'.join(keys[:i])} is a list of {len(node)}, {key!r} is not in it")
+                )
                 return
             key = int(key)
         elif not isinstance(node, dict):
@@ -183,7 +198,9 @@ def _plain(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], 
     return next((kind(node) for kind in (int, float, str) if isinstance(node, kind)), str(node))
 
 
-def _environment(text: str, path: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int], problems: list[Problem]) -> Any:
+def _environment(
+    text: str, path: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int], problems: list[Problem]
+) -> Any:
     def value(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
         found = os.environ.get(name, default)
@@ -241,8 +258,9 @@ class _Checker:
                 self._files(name, stage)
         template = None
         if isinstance(head, _Head):
+            template = self._path(head.chat_template, only_files=True)
             try:
-                template = read_chat_template(self._path(head.chat_template, only_files=True))
+                read_chat_template(template)
             except DataError as error:
                 self._problem(("chat_template",), str(error).removeprefix("chat_template: "))
             if isinstance(head.model, str) and not head.model.startswith("stages."):
@@ -270,7 +288,9 @@ class _Checker:
             raw = {}
         for name in raw:
             if not NAME.fullmatch(name) or name in RESERVED:
-                self._problem(("stages", name), "a stage's name is small letters, digits, - and _, and not a file of a run")
+                self._problem(
+                    ("stages", name), "a stage's name is small letters, digits, - and _, and not a file of a run"
+                )
         if isinstance(self.raw.get("model"), dict) and isinstance(self.raw["model"].get("init"), dict):
             if BASE in raw:
                 self._problem(("stages", BASE), "this name is taken by `model: {init: ...}`")
@@ -281,7 +301,11 @@ class _Checker:
 
     def _data_of_base(self, raw: dict[str, Any]) -> list[Any]:
         """What a fresh model's tokenizer is trained on where nothing is said: the data of the stages that start from it."""
-        users = [s for s in raw.values() if isinstance(s, dict) and s.get("model") is None and isinstance(s.get("data"), list)]
+        users = [
+            s
+            for s in raw.values()
+            if isinstance(s, dict) and s.get("model") is None and isinstance(s.get("data"), list)
+        ]
         return [source for stage in users for source in stage["data"] if isinstance(source, dict)]
 
     def _stage(self, name: str, raw: Any) -> Stage | None:
@@ -291,7 +315,9 @@ class _Checker:
             return None
         kind = raw.get("kind")
         if kind not in KINDS:
-            what = "is missing" if kind is None else f"{kind!r} is not a kind of stage{_nearest(str(kind), list(KINDS))}"
+            what = (
+                "is missing" if kind is None else f"{kind!r} is not a kind of stage{_nearest(str(kind), list(KINDS))}"
+            )
             self._problem((*path, "kind") if kind is not None else path, f"kind {what}; kinds: {', '.join(KINDS)}")
             return None
         return self._validate(KINDS[kind], self._with_paths(raw), path)  # type: ignore[return-value]
@@ -328,7 +354,7 @@ class _Checker:
     def _references(self, raw_stages: dict[str, Any]) -> None:
         graph: dict[str, list[str]] = {}
         for name, raw in raw_stages.items():
-            cls = KINDS.get(raw.get("kind")) if isinstance(raw, dict) else None
+            cls = KINDS.get(str(raw.get("kind"))) if isinstance(raw, dict) else None
             graph[name] = []
             for field, wanted in (cls.accepts if cls else {}).items():
                 value = raw.get(field)
@@ -364,7 +390,9 @@ class _Checker:
             pairs_wanted = getattr(stage, "task", None)
             if pairs_wanted and (format == "preference") != (pairs_wanted == "preference"):
                 wanted = "preference pairs" if pairs_wanted == "preference" else "conversations or text"
-                self._problem(("stages", name, "data", i), f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}")
+                self._problem(
+                    ("stages", name, "data", i), f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}"
+                )
         for field, refs in stage.references().items():
             for ref in refs:
                 if not ref.startswith("stages."):
@@ -379,9 +407,8 @@ class _Checker:
     # -- telling
 
     def _problem(self, path: tuple[Any, ...], message: str) -> None:
-        problem = Problem(_dotted(path), message, _line(path, self.lines))
-        if problem not in self.problems:
-            self.problems.append(problem)
+        if not any(known.path == _dotted(path) for known in self.problems):  # the first is the cause of what follows
+            self.problems.append(Problem(_dotted(path), message, _line(path, self.lines)))
 
     def _validate(self, cls: type[BaseModel], raw: Any, path: tuple[Any, ...]) -> BaseModel | None:
         try:
@@ -431,7 +458,11 @@ def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
         if found:
             cls = typing.Union[tuple(found)]  # noqa: UP007 - built at run time
         elif isinstance(part, str):  # a union's tag
-            tagged = [m for m in models if part in {getattr(m.model_fields.get("method"), "default", None), m.__name__.lower()}]
+            tagged = [
+                m
+                for m in models
+                if part in {getattr(m.model_fields.get("method"), "default", None), m.__name__.lower()}
+            ]
             cls = tagged[0] if tagged else cls
     return [name for m in _models_in(cls) for name in m.model_fields]
 

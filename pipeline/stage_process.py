@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from stages.base import StageContext
 from stages.errors import RaylignError
@@ -28,18 +28,18 @@ class StageJob:
     ray_address: str | None
 
 
-def send(job: StageJob, pipe: BinaryIO) -> None:
+def send(job: StageJob, pipe: IO[bytes]) -> None:
     data = pickle.dumps(job)
     pipe.write(struct.pack(">Q", len(data)) + data)
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO) -> StageJob:
+def _receive(pipe: IO[bytes]) -> StageJob:
     (size,) = struct.unpack(">Q", pipe.read(8))
     return pickle.loads(pipe.read(size))  # from our own parent
 
 
-def _leave_with_parent(pipe: BinaryIO) -> None:
+def _leave_with_parent(pipe: IO[bytes]) -> None:
     pipe.read()  # returns when the runner's end closes
     os._exit(130)
 

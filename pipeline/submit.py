@@ -29,13 +29,17 @@ def submit_spec(spec: Path, address: str, overrides: Sequence[str], env: Sequenc
     """
     load_spec(spec, overrides)
     if Path(spec).is_absolute():
-        raise SpecError([Problem("", f"{spec}: give the spec relative to the folder that is shipped (the current one)")])
+        raise SpecError(
+            [Problem("", f"{spec}: give the spec relative to the folder that is shipped (the current one)")]
+        )
     missing = [name for name in env if name not in os.environ]
     if missing:
         raise SpecError([Problem("--env", f"not set: {', '.join(missing)}")])
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    entrypoint = shlex.join(["python", "-m", "pipeline", "run", str(spec), *[a for o in overrides for a in ("--set", o)]])
+    entrypoint = shlex.join(
+        ["python", "-m", "pipeline", "run", str(spec), *[a for o in overrides for a in ("--set", o)]]
+    )
     try:
         client = JobSubmissionClient(address)
         job = _submission_id(client, entrypoint, Path(spec).stem)

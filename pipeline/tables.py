@@ -42,7 +42,9 @@ def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
                 "rows": (manifest or {}).get("rows"),
                 "left_out": sum(ledger.get("reasons", {}).values()) if ledger else None,
                 "steps": (manifest or {}).get("steps"),
-                "metrics": brief((manifest or {}).get("metrics", {})) if manifest else record.get("error", "").split("\n")[0],
+                "metrics": brief((manifest or {}).get("metrics", {}))
+                if manifest
+                else record.get("error", "").split("\n")[0],
             }
         )
     return rows
@@ -52,7 +54,9 @@ def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
     """(stage, manifest) of every evaluation that is published in the run's present state."""
     out = []
     for name, record in folder.state().get("stages", {}).items():
-        manifest = folder.manifest(name) if record["kind"] == "evaluate" and record["state"] in ("done", "cached") else None
+        manifest = (
+            folder.manifest(name) if record["kind"] == "evaluate" and record["state"] in ("done", "cached") else None
+        )
         if manifest:
             out.append((name, manifest))
     return out
@@ -67,10 +71,19 @@ def render_run(folder: RunFolder) -> Group:
     for row in stage_rows(folder):
         cells = [number(row[k]) if row[k] is not None else "" for k in ("rows", "left_out", "steps")]
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        stages.add_row(row["name"], row["kind"], Text(row["state"], style=colours.get(row["state"], "")), seconds, *cells, row["metrics"])
+        stages.add_row(
+            row["name"],
+            row["kind"],
+            Text(row["state"], style=colours.get(row["state"], "")),
+            seconds,
+            *cells,
+            row["metrics"],
+        )
     parts: list[Any] = [stages]
     for name, manifest in evaluations(folder):
-        table = Table(title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table = Table(
+            title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold"
+        )
         table.add_column("model")
         columns = [c for c in COLUMNS if any(c in metrics for metrics in manifest["metrics"].values())]
         for column in columns:

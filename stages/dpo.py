@@ -34,7 +34,7 @@ def build_trainer(parts: TrainerParts) -> Any:
     """TRL's DPOTrainer."""
     from trl import DPOConfig, DPOTrainer
 
-    class FedDPOTrainer(Fed, DPOTrainer):  # type: ignore[misc]
+    class FedDPOTrainer(Fed, DPOTrainer):
         pass
 
     args = parts.arguments(DPOConfig, max_length=None)

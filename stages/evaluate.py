@@ -48,7 +48,9 @@ class Evaluate(Stage):
     data: list[DataSource] = Field(min_length=1, description="Held-out conversations, preference pairs, or both.")
     batch_size: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=256, ge=1, description="Bound of a greedy sample.")
-    max_samples: int | None = Field(default=None, ge=0, description="Sample only the first rows; all with an expected answer if absent.")
+    max_samples: int | None = Field(
+        default=None, ge=0, description="Sample only the first rows; all with an expected answer if absent."
+    )
     shown: int = Field(default=8, ge=0, description="Samples kept for the report, side by side.")
     gates: list[Gate] = Field(default_factory=list)
     workers: int | None = Field(default=None, ge=1)
@@ -73,7 +75,12 @@ class Evaluate(Stage):
                 for task, sources in tasks
                 if sources and not (task == "evaluation" and artifact.kind == "reward model")
             }
-            job = {"stage": self.model_dump(), "artifact": artifact, "prepared": prepared, "chat_template": ctx.chat_template}
+            job = {
+                "stage": self.model_dump(),
+                "artifact": artifact,
+                "prepared": prepared,
+                "chat_template": ctx.chat_template,
+            }
             outcome = launch(
                 evaluate_on_worker,
                 job,
@@ -104,9 +111,18 @@ def check_gate(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
         values.append(metrics[name][gate.metric])
     value = values[0] - (values[1] if len(values) > 1 else 0.0)
     holds = (gate.at_least is None or value >= gate.at_least) and (gate.at_most is None or value <= gate.at_most)
-    bounds = [f"{word} {bound}" for word, bound in (("at least", gate.at_least), ("at most", gate.at_most)) if bound is not None]
+    bounds = [
+        f"{word} {bound}"
+        for word, bound in (("at least", gate.at_least), ("at most", gate.at_most))
+        if bound is not None
+    ]
     what = f"{gate.metric} of {names[0]}" + (f" over {names[1]}" if len(names) > 1 else "")
-    return {"metric": gate.metric, "holds": holds, "value": value, "says": f"{what} is {value:.4g}, wanted {' and '.join(bounds)}"}
+    return {
+        "metric": gate.metric,
+        "holds": holds,
+        "value": value,
+        "says": f"{what} is {value:.4g}, wanted {' and '.join(bounds)}",
+    }
 
 
 def evaluate_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +187,9 @@ def _side_by_side(samples: dict[str, list[dict[str, Any]]], shown: int) -> list[
     table: dict[tuple[str, int], dict[str, Any]] = {}
     for name, found in samples.items():
         for sample in found:
-            entry = table.setdefault((sample["source"], sample["row"]), {k: sample[k] for k in ("prompt", "expected")} | {"answers": {}})
+            entry = table.setdefault(
+                (sample["source"], sample["row"]), {k: sample[k] for k in ("prompt", "expected")} | {"answers": {}}
+            )
             entry["answers"][name] = sample["answer"]
     ordered = sorted(table.values(), key=lambda e: len({a.strip() for a in e["answers"].values()}) < 2)
     return ordered[:shown]

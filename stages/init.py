@@ -19,7 +19,9 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 class TokenizerConfig(Config):
-    vocab_size: int = Field(default=4096, ge=260, description="Of the byte-level BPE tokenizer, special tokens included.")
+    vocab_size: int = Field(
+        default=4096, ge=260, description="Of the byte-level BPE tokenizer, special tokens included."
+    )
 
 
 class Init(Stage):

@@ -37,7 +37,7 @@ def build_trainer(parts: TrainerParts) -> Any:
     """TRL's RewardTrainer; it wants whole sequences, so the prompt is put before both answers."""
     from trl import RewardConfig, RewardTrainer
 
-    class FedRewardTrainer(Fed, RewardTrainer):  # type: ignore[misc]
+    class FedRewardTrainer(Fed, RewardTrainer):
         pass
 
     args = parts.arguments(RewardConfig, max_length=None)

@@ -32,7 +32,9 @@ def _batches(rows: Sequence[Row], size: int, length: Any) -> Iterator[list[Row]]
         yield ordered[at : at + size]
 
 
-def _pad(ids: Sequence[Sequence[int]], value: int, device: Any, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(
+    ids: Sequence[Sequence[int]], value: int, device: Any, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, attention mask), both (batch, longest)."""
     longest = max(map(len, ids))
     out = torch.full((len(ids), longest), value, dtype=torch.long)
@@ -51,7 +53,9 @@ def trained_token_loss(model: Any, rows: Sequence[Row], pad_id: int, batch_size:
         ids, mask = _pad([row["input_ids"] for row in batch], pad_id, model.device)
         labels, _ = _pad([row["labels"] for row in batch], IGNORE, model.device)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        nll += F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum").item()
+        nll += F.cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        ).item()
         tokens += int((labels[:, 1:] != IGNORE).sum())
     return {"nll": nll, "tokens": tokens}
 
@@ -113,7 +117,8 @@ def sample_greedily(
             end = next((i for i, token in enumerate(new) if token in stops), None)
             answer = tokenizer.decode(new[:end] if end is not None else new, skip_special_tokens=True)
             samples.append(
-                {k: row[k] for k in ("prompt", "expected", "source", "row")} | {"answer": answer, "stopped": end is not None}
+                {k: row[k] for k in ("prompt", "expected", "source", "row")}
+                | {"answer": answer, "stopped": end is not None}
             )
     samples.sort(key=lambda s: (s["source"], s["row"]))
     judged = [s for s in samples if s["expected"] is not None]

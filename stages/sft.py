@@ -43,7 +43,7 @@ def build_trainer(parts: TrainerParts) -> Any:
     """TRL's SFTTrainer. Its loss is the sum over trained tokens divided by their count in the whole step."""
     from trl import SFTConfig, SFTTrainer
 
-    class FedSFTTrainer(Fed, SFTTrainer):  # type: ignore[misc]
+    class FedSFTTrainer(Fed, SFTTrainer):
         token_normalised = True
 
     args = parts.arguments(SFTConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})

@@ -32,7 +32,11 @@ def write_report(folder: RunFolder) -> None:
 
 def _details(folder: RunFolder, name: str) -> dict[str, Any]:
     manifest = folder.manifest(name) or {}
-    points = [(m["step"], m["loss"]) for m in read_metrics(folder.stage(name)) if isinstance(m.get("loss"), float) and "model" not in m]
+    points = [
+        (m["step"], m["loss"])
+        for m in read_metrics(folder.stage(name))
+        if isinstance(m.get("loss"), float) and "model" not in m
+    ]
     details = manifest.get("details", {})
     return {
         "name": name,

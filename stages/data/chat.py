@@ -71,7 +71,7 @@ def load_tokenizer_json(json: str) -> Tokenizer:
 @lru_cache(maxsize=32)
 def compile_template(template: str) -> Callable[..., str]:
     """The template's render function in the very environment that transformers renders it in."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template  # type: ignore[attr-defined]
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(template).render
 

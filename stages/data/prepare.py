@@ -23,7 +23,17 @@ import pyarrow.parquet as pq
 from stages.data import ledger
 from stages.data.chat import IGNORE, ChatEncoder, Encoded, Refused, TokenizerSpec, TrainOn
 from stages.data.ledger import LedgerEntry
-from stages.data.records import FORMATS, Conversation, Preference, Record, Rejected, Text, detect_format, normalise, rename
+from stages.data.records import (
+    FORMATS,
+    Conversation,
+    Preference,
+    Record,
+    Rejected,
+    Text,
+    detect_format,
+    normalise,
+    rename,
+)
 from stages.data.source import BadRow, Chunk, DataSource, chunks, content_hash, find_files, first_row, read_chunk
 from stages.errors import DataError
 
@@ -38,8 +48,14 @@ SCHEMAS = {
     "conversation": pa.schema([("input_ids", IDS), ("labels", IDS), *ORIGIN]),
     "preference": pa.schema([("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), *ORIGIN]),
     "evaluation": pa.schema(
-        [("input_ids", IDS), ("labels", IDS), ("prompt_ids", IDS), ("prompt", pa.string()), ("expected", pa.string())]
-        + ORIGIN
+        [
+            ("input_ids", IDS),
+            ("labels", IDS),
+            ("prompt_ids", IDS),
+            ("prompt", pa.string()),
+            ("expected", pa.string()),
+            *ORIGIN,
+        ]
     ),
 }
 
@@ -88,7 +104,9 @@ class Prepared:
 
     def read(self) -> list[dict[str, Any]]:
         """Every row, in order. For evaluation sets and tests; training streams instead (stages/training/feed.py)."""
-        return [row for shard in self.manifest["shards"] for row in pq.read_table(self.path / shard["file"]).to_pylist()]
+        return [
+            row for shard in self.manifest["shards"] for row in pq.read_table(self.path / shard["file"]).to_pylist()
+        ]
 
 
 def digest(text: str) -> str:
@@ -182,7 +200,9 @@ def _evaluation_fields(record: Record, encoder: ChatEncoder) -> dict[str, Any]:
     return {"prompt_ids": ids, "prompt": prompt, "expected": record.expected}
 
 
-def _encode_preferences(records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe) -> list[dict[str, Any] | Refused]:
+def _encode_preferences(
+    records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe
+) -> list[dict[str, Any] | Refused]:
     pairs = [r for r in records if isinstance(r, Preference)]
     answers = [[*p.prompt, answer] for p in pairs for answer in (p.chosen, p.rejected)]
     encoded = iter(encoder.encode_batch(answers))
@@ -254,7 +274,9 @@ def encode_rows(
                 yield number, result | {"source": file, "row": number}
 
 
-def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, recipe: Recipe, out: Path) -> dict[str, Any]:
+def prepare_chunk(
+    index: int, chunk: Chunk, source: DataSource, format: str, recipe: Recipe, out: Path
+) -> dict[str, Any]:
     """Read, encode and write one chunk. Writing it again gives the same files, so a retried task does no harm."""
     file = chunk.file.path
     kept: list[dict[str, Any]] = []

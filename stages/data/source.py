@@ -34,7 +34,8 @@ class DataSource(Config):
 
     path: str = Field(description="A file, a glob or a folder: .jsonl, .jsonl.gz, .json, .csv or .parquet.")
     format: str | None = Field(
-        default=None, description="messages, prompt_completion, text or preference; detected from the columns if absent."
+        default=None,
+        description="messages, prompt_completion, text or preference; detected from the columns if absent.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames columns, new name first: {prompt: question, completion: answer}."

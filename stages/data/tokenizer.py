@@ -50,11 +50,11 @@ def read_chat_template(setting: str | None) -> str | None:
 def _tokenizer_class(model: str) -> Any:
     """AutoTokenizer, or the generic class itself where the folder names it: the same object without importing torch."""
     config = Path(model) / "tokenizer_config.json"
-    if config.is_file() and (Path(model) / "tokenizer.json").is_file():
-        if json.loads(config.read_text()).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-            from transformers import PreTrainedTokenizerFast
+    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (Path(model) / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
     return AutoTokenizer
@@ -73,14 +73,18 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
     if chat_template:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
-        raise DataError(f"{model}: the tokenizer has no chat template; set `chat_template: chatml` or a file in the spec")
+        raise DataError(
+            f"{model}: the tokenizer has no chat template; set `chat_template: chatml` or a file in the spec"
+        )
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         # Padding with a stop token makes saved models stop early and hides the last token from a reward head.
         spare = [t for t in tokenizer.all_special_tokens if t not in (tokenizer.eos_token, tokenizer.bos_token)]
         known = [t for t in ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]") if t in tokenizer.get_vocab()]
         choice = next(iter(known + [t for t in spare if t == tokenizer.unk_token] + spare), None)
         if choice is None:
-            raise DataError(f"{model}: no token can be used for padding but the stop token; add a pad token to the tokenizer")
+            raise DataError(
+                f"{model}: no token can be used for padding but the stop token; add a pad token to the tokenizer"
+            )
         tokenizer.pad_token = choice
     tokenizer.padding_side = "right"
     return tokenizer

@@ -63,7 +63,7 @@ _NAMES: dict[str, Any] = {
 }  # fmt: skip
 
 
-class _Types(dict):  # type: ignore[type-arg]
+class _Types(dict[str, Any]):
     """Names an annotation may use; a library's own enums are given as strings in a spec."""
 
     def __missing__(self, name: str) -> Any:
@@ -121,7 +121,7 @@ def train_config(name: str) -> type[TrainConfig]:
         for k, v in library_fields(name).items()
         if k not in MANAGED
     }
-    return create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload, no-any-return]
+    return create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
 
 
 class Full(Config):
@@ -139,7 +139,9 @@ class _Lora(LibraryConfig):
         }
 
 
-_lora_fields = {
-    k: (Optional[v], Field(default=None)) for k, v in library_fields("LoraConfig").items() if k != "task_type"  # noqa: UP045
-}
-Lora: type[_Lora] = create_model("Lora", __base__=_Lora, **_lora_fields)  # type: ignore[call-overload]
+def _lora_fields() -> dict[str, Any]:
+    fields = {k: v for k, v in library_fields("LoraConfig").items() if k != "task_type"}
+    return {k: (Optional[v], Field(default=None)) for k, v in fields.items()}  # noqa: UP045 - v is a value
+
+
+Lora: type[_Lora] = create_model("Lora", __base__=_Lora, **_lora_fields())

@@ -200,7 +200,6 @@ class FeedLoader:
 
     def __init__(self, feed: Feed, collate: Collator, placeholder: Row) -> None:
         self.feed, self.collate, self.placeholder = feed, collate, placeholder
-        self.seen: list[tuple[str, int]] | None = None  # filled where a test wants to know
 
     def __len__(self) -> int:
         return self.feed.micro_batches
@@ -212,6 +211,4 @@ class FeedLoader:
             step_rows = self.feed.rows_in_step(self.feed.step - 1)
             batch = self.collate(rows or [self.placeholder])
             batch["row_weight"] = len(rows) * micro_batches_per_step / step_rows
-            if self.seen is not None:
-                self.seen.extend((row["source"], row["row"]) for row in rows)
             yield batch

@@ -10,10 +10,11 @@ from typing import Any
 from stages.base import Resources
 from stages.errors import StageError
 
-# The environment of stages and workers, set before Ray starts. Ray's PlacementGroupCleaner asks a State API that a local cluster does not run and waits 15 s for the
-# answer; a dead address and a short health check leave 0.3 s (seen with Ray 2.60, both settings are public).
-# Waiting OpenMP threads sleep rather than spin: where another process wants the same core, spinning made a small model's
-# forward pass 17 times slower (LOG.md, 2026-11-21).
+# The environment of stages and workers, set before Ray starts.
+# - Ray's PlacementGroupCleaner asks a State API that a local cluster does not run, and waits 15 s for the answer; a dead
+#   address (pipeline/runner.py) and a short health check leave 0.3 s. Seen with Ray 2.60; both settings are public.
+# - Waiting OpenMP threads sleep rather than spin: where another process wants the same core, spinning made a small
+#   model's forward pass 17 times slower (LOG.md, 2026-11-21).
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_V2_ENABLED": "1",

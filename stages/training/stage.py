@@ -24,7 +24,9 @@ from stages.training.trainer import Build, TrainJob, import_trainers, train_on_w
 class TrainStage(Stage):
     """A stage that trains a model from data."""
 
-    model: str | None = Field(default=None, description="stages.NAME, a folder or a hub id; the spec's model if absent.")
+    model: str | None = Field(
+        default=None, description="stages.NAME, a folder or a hub id; the spec's model if absent."
+    )
     data: list[DataSource] = Field(min_length=1)
     train: TrainConfig
     tuning: Annotated[Full | Lora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
@@ -94,7 +96,12 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
     last = {k: v for k, v in outcome["last"].items() if k not in ("step", "epoch")}
     trained = data.manifest["trained_tokens"]
     metrics = {**last, "first_loss": outcome["first"].get("loss"), "train_seconds": outcome["seconds"]}
-    details = {"prepared": str(data.path), "trained_tokens": trained, "epochs": outcome["epochs"], "ledger": data.manifest["ledger"]}
+    details = {
+        "prepared": str(data.path),
+        "trained_tokens": trained,
+        "epochs": outcome["epochs"],
+        "ledger": data.manifest["ledger"],
+    }
     return StageResult(metrics, rows=data.rows, tokens=data.tokens, steps=outcome["steps"], details=details)
 
 

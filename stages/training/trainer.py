@@ -167,7 +167,9 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
     if job.lora is not None:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(task_type="SEQ_CLS" if "score" in job.lora.get("modules_to_save", []) else "CAUSAL_LM", **job.lora)
+        peft_config = LoraConfig(
+            task_type="SEQ_CLS" if "score" in job.lora.get("modules_to_save", []) else "CAUSAL_LM", **job.lora
+        )
     placeholder = datasets.Dataset.from_list([PLACEHOLDERS[job.task]])
     parts = TrainerParts(job, load_tokenizer(job.model, job.chat_template), placeholder, peft_config, on_cpu)
     trainer = build(parts)
@@ -214,20 +216,29 @@ def _report_callback(work: Path) -> Any:
 def _save(trainer: Any, job: TrainJob, rank: int) -> None:
     """The plain Hugging Face folder. With LoRA the adapter is kept beside it and merged into it."""
     target = job.work / "model"
-    if job.lora is None:
-        trainer.save_model(str(target))  # every rank: ZeRO-3 gathers the weights
-    else:
+    if job.lora is not None:
         trainer.save_model(str(job.work / "adapter"))
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on every rank: ZeRO-3 gathers the weights
+        if rank == 0:
+            # DeepSpeed hands tied weights over as copies, which would be saved twice.
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            model.save_pretrained(str(target), state_dict={k: v for k, v in state.items() if k not in tied})
     if rank != 0:
         return
     if job.lora is not None:
-        merge_adapter(job.model, job.work / "adapter", target, reward=job.task == "preference" and is_reward(trainer.model))
+        merge_adapter(
+            job.model, job.work / "adapter", target, reward=job.task == "preference" and is_reward(trainer.model)
+        )
     finish_export(target, trainer.processing_class, job.stop_ids)
 
 
 def is_reward(model: Any) -> bool:
-    return hasattr(model, "score") or hasattr(getattr(model, "base_model", None), "score") or "score" in dict(
-        getattr(getattr(model, "base_model", model), "model", model).named_children()
+    return (
+        hasattr(model, "score")
+        or hasattr(getattr(model, "base_model", None), "score")
+        or "score" in dict(getattr(getattr(model, "base_model", model), "model", model).named_children())
     )
 
 

@@ -1,0 +1,89 @@
+"""What tests share: tiny data and models made on the spot, and one Ray for the whole session."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.training.launch import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["COLUMNS"] = "160"
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256, "tie_word_embeddings": True, "initializer_range": 0.06,
+}  # fmt: skip
+
+
+def chat(rng: random.Random, turns: int = 2) -> list[dict[str, str]]:
+    """A conversation whose answers are the questions backwards."""
+    messages = [{"role": "system", "content": "Answer in small letters."}]
+    for _ in range(turns):
+        letters = rng.sample("abcdefgh", 3)
+        messages.append({"role": "user", "content": "Reverse: " + " ".join(letters)})
+        messages.append({"role": "assistant", "content": " ".join(reversed(letters))})
+    return messages
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """chats.jsonl (101 rows), pairs.jsonl (37), heldout.jsonl (20): numbers that nothing divides evenly."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    write_jsonl(folder / "chats.jsonl", [{"messages": chat(rng, rng.choice((1, 2, 3)))} for _ in range(101)])
+    pairs = []
+    for _ in range(37):
+        messages = chat(rng)
+        wrong = {"role": "assistant", "content": messages[-1]["content"][::-1] + " h"}
+        pairs.append({"prompt": messages[:-1], "chosen": messages[-1:], "rejected": [wrong]})
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    heldout = [chat(rng) for _ in range(20)]
+    write_jsonl(folder / "heldout.jsonl", [{"messages": m, "expected": m[-1]["content"]} for m in heldout])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder of about 0.1 million parameters, made by the `init` stage itself."""
+    from stages import Init, StageContext
+
+    work = tmp_path_factory.mktemp("model")
+    stage = Init.model_validate(
+        {"config": LLAMA, "tokenizer": {"vocab_size": 320}, "data": [{"path": str(data / "chats.jsonl")}]}
+    )
+    stage.run(StageContext("base", work, work / "prepared", {}))
+    return str(work / "model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model: str) -> Any:
+    from stages.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """One Ray for every test; what starts runs of its own uses it through RAY_ADDRESS."""
+    import ray
+
+    context = ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=256 << 20,
+    )  # fmt: skip
+    yield context.address_info["gcs_address"]
+    ray.shutdown()

@@ -1,0 +1,210 @@
+"""Real trainers on real Ray: the same loss and weights however a step is shared, and every row once an epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages import KINDS, StageContext
+from stages.base import Artifact, Resources, StageResult
+from stages.training import stage as training_stage
+from stages.training import trainer as trainer_module
+from stages.training.feed import FeedLoader
+
+pytestmark = pytest.mark.usefixtures("ray_address")
+
+# Summing in another order changes float32 losses in the seventh digit; AdamW divides by a root of squared gradients, which
+# makes of that up to a few 1e-4 in weights where a gradient is near zero.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 2e-4
+
+
+def run(
+    folder: Path, model: str, kind: str, data: Path, workers: int = 1, **config: Any
+) -> tuple[StageResult, list[float]]:
+    """A stage in the folder, and the losses of its steps. One worker without DeepSpeed runs in this process."""
+    folder.mkdir(parents=True)
+    stage = KINDS[kind].model_validate({"kind": kind, "data": [{"path": str(data)}], **config})
+    context = StageContext(
+        "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)]},
+        resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
+    )  # fmt: skip
+    result = stage.run(context)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return result, [line["loss"] for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def train(batch: int, **more: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": batch,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> tuple[Path, list[float]]:
+    """SFT by one worker, 101 rows in steps of 8: 13 steps, the last of 5 rows."""
+    folder = tmp_path_factory.mktemp("one") / "sft"
+    result, losses = run(folder, model, "sft", data / "chats.jsonl", train=train(8))
+    assert (result.rows, result.steps, len(losses)) == (101, 13, 13)
+    assert losses[-1] < losses[0]
+    return folder, losses
+
+
+@pytest.mark.parametrize(
+    ("workers", "config"),
+    [
+        (1, {"train": train(4, gradient_accumulation_steps=2)}),
+        (2, {"train": train(4)}),
+        (2, {"train": train(4), "deepspeed": "zero2"}),
+        (2, {"train": train(2, gradient_accumulation_steps=2), "deepspeed": "zero3"}),
+    ],
+    ids=["accumulated", "two workers", "two workers, zero2", "two workers, accumulated, zero3"],
+)
+def test_a_step_is_the_same_however_it_is_shared(
+    tmp_path: Path, model: str, data: Path, one_worker: tuple[Path, list[float]], workers: int, config: dict[str, Any]
+) -> None:
+    folder, wanted = one_worker
+    _, losses = run(tmp_path / "sft", model, "sft", data / "chats.jsonl", workers, **config)
+    assert losses == pytest.approx(wanted, rel=LOSS_TOLERANCE)
+    expected, got = weights(folder), weights(tmp_path / "sft")
+    assert set(got) == set(expected)
+    worst = max(float((got[name] - expected[name]).abs().max()) for name in expected)
+    assert worst < WEIGHT_TOLERANCE
+    start = load_file(Path(model) / "model.safetensors")
+    assert max(float((got[name] - start[name]).abs().max()) for name in start) > 10 * WEIGHT_TOLERANCE  # it did train
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_pairs_weigh_the_same_however_a_step_is_shared(tmp_path: Path, model: str, data: Path, kind: str) -> None:
+    """37 pairs in steps of 8: the last step has 5, so two workers get 3 and 2."""
+    one, wanted = run(tmp_path / "one", model, kind, data / "pairs.jsonl", train=train(8))
+    _, losses = run(tmp_path / "two", model, kind, data / "pairs.jsonl", 2, train=train(4))
+    assert one.steps == len(wanted) == 5
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    if kind == "dpo":
+        assert wanted[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy still is its reference
+        expected, got = weights(tmp_path / "one"), weights(tmp_path / "two")
+        assert max(float((got[n] - expected[n]).abs().max()) for n in expected) < WEIGHT_TOLERANCE
+
+
+def train_and_record(config: dict[str, Any]) -> Any:
+    """The worker's own function, with every row that reaches the trainer written down."""
+
+    rank, _ = trainer_module.worker_rank()
+    out = (config["job"].work / f"seen-{rank}.jsonl").open("a")
+
+    def loader(feed: Any, collate: Any, placeholder: Any) -> FeedLoader:
+        def noting(rows: list[dict[str, Any]]) -> Any:
+            out.writelines(json.dumps([feed.step, row["row"]]) + "\n" for row in rows if "row" in row)
+            out.flush()
+            return collate(rows)
+
+        return FeedLoader(feed, noting, placeholder)
+
+    trainer_module.FeedLoader = loader  # type: ignore[assignment, misc]
+    try:
+        return trainer_module.train_on_worker(config)
+    finally:
+        trainer_module.FeedLoader = FeedLoader  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_row_reaches_the_trainer_once_an_epoch(
+    tmp_path: Path, model: str, data: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_stage, "train_on_worker", train_and_record)
+    run(tmp_path / "sft", model, "sft", data / "chats.jsonl", workers, train=train(4, num_train_epochs=2))
+    seen = [json.loads(line) for file in tmp_path.glob("sft/seen-*.jsonl") for line in file.open()]
+    steps = -(-101 // (4 * workers))
+    for epoch in range(2):
+        rows = Counter(row for step, row in seen if (step - 1) // steps == epoch)
+        assert rows == Counter(range(1, 102))
+    assert len(list(tmp_path.glob("sft/seen-*.jsonl"))) == workers
+
+
+def test_lora_is_merged_into_a_plain_model(tmp_path: Path, model: str, data: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run(tmp_path / "sft", model, "sft", data / "chats.jsonl", train=train(8), tuning={"method": "lora", "r": 4})
+    base, made = (
+        AutoModelForCausalLM.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model"),
+    )
+    assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+    changed = {n for n, p in made.named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])}
+    assert changed == {
+        n for n, _ in base.named_parameters() if any(t in n for t in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    }
+
+
+def test_a_lora_reward_model_keeps_its_score_head_under_zero3(tmp_path: Path, model: str, data: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    run(
+        tmp_path / "reward", model, "reward", data / "pairs.jsonl", 2,
+        train=train(4), tuning={"method": "lora", "r": 4}, deepspeed="zero3",
+    )  # fmt: skip
+    made, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "reward" / "model", output_loading_info=True
+    )
+    assert not info["missing_keys"] and made.config.num_labels == 1
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    kept = PeftModel.from_pretrained(base, str(tmp_path / "reward" / "adapter"))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(made.eval()(input_ids=ids).logits, kept.eval()(input_ids=ids).logits, atol=1e-5)
+
+
+def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path, model: str, data: Path) -> None:
+    """Interrupted after step 9 of 13 (its checkpoint is of step 6), then run again: bit for bit the undisturbed model."""
+    config = {"train": train(8, save_steps=6)}
+    run(tmp_path / "whole", model, "sft", data / "chats.jsonl", **config)
+
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    stage = KINDS["sft"].model_validate({"kind": "sft", "data": [{"path": str(data / "chats.jsonl")}], **config})
+    context = StageContext("stage", folder, tmp_path / "prepared", {"model": [Artifact("base", "model", model)]})
+
+    def interrupted(job: dict[str, Any]) -> Any:
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == 9:
+                    raise KeyboardInterrupt
+
+        def build(parts: Any) -> Any:
+            made = job["build"](parts)
+            made.add_callback(Stop())
+            return made
+
+        return trainer_module.train_on_worker(job | {"build": build})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_stage, "train_on_worker", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+    result = stage.run(context)
+    assert result.steps == 13
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert steps == list(range(1, 14))
+    whole, resumed = weights(tmp_path / "whole"), weights(folder)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # and once more: nothing is left to train, the model stays
+    stage.run(context)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in weights(folder).items())

@@ -1,0 +1,44 @@
+"""The trainers' fields, read from source, are those of the installed classes; what the pipeline decides exists there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from pydantic import ValidationError
+
+from stages.training.arguments import MANAGED, Lora, library_fields, train_config
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig", "DPOConfig"])
+def test_fields_are_those_of_the_installed_trainer(name: str) -> None:
+    import trl
+
+    wanted = {f.name for f in dataclasses.fields(getattr(trl, name)) if f.init and not f.name.startswith("_")}
+    assert set(library_fields(name)) >= wanted
+    assert set(library_fields(name)) - wanted <= {"framework", "default_optim"}  # not for users: no init
+
+
+def test_lora_fields_are_pefts() -> None:
+    from peft import LoraConfig
+
+    assert {"r", "lora_alpha", "use_dora", "target_modules", "rank_pattern"} <= set(library_fields("LoraConfig"))
+    assert set(library_fields("LoraConfig")) >= {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    }  # fmt: skip
+
+
+def test_managed_fields_exist() -> None:
+    known = set(library_fields("SFTConfig")) | set(library_fields("DPOConfig"))
+    # group_by_length and resume_from_checkpoint come and go between versions of transformers
+    assert set(MANAGED) - known <= {"group_by_length", "resume_from_checkpoint", "truncation_mode"}
+
+
+def test_types_are_checked_strictly() -> None:
+    config = train_config("SFTConfig")
+    assert config.model_validate({"learning_rate": 1, "max_steps": 3}).given() == {"learning_rate": 1, "max_steps": 3}
+    for wrong in ({"learning_rate": "fast"}, {"max_steps": 1.5}, {"bf16": "yes"}, {"no_such": 1}):
+        with pytest.raises(ValidationError):
+            config.model_validate(wrong)
+    with pytest.raises(ValidationError):
+        Lora.model_validate({"method": "lora", "r": "16"})

@@ -1,0 +1,191 @@
+"""The spec: what is accepted, and that every mistake is told at once with its line, path and the nearest name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import Pipeline
+from pipeline.spec import json_schema, load_spec
+from stages import DPO, SFT, Evaluate
+from stages.errors import SpecError
+
+SPEC = """\
+name: test
+model: {model}
+stages:
+  sft:
+    kind: sft
+    data: [{{path: {data}/chats.jsonl}}]
+    train: {{learning_rate: 1e-3, max_steps: 5}}
+  reward: {{kind: reward, model: stages.sft, data: [{{path: {data}/pairs.jsonl}}]}}
+  dpo: {{kind: dpo, model: stages.sft, data: [{{path: {data}/pairs.jsonl}}], tuning: {{method: lora, r: 4}}}}
+  eval: {{kind: evaluate, models: [stages.sft, stages.dpo, stages.reward], data: [{{path: {data}/heldout.jsonl}}]}}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path, data: Path, model: str) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(SPEC.format(model=model, data=data))
+    return path
+
+
+def problems(path: Path, *overrides: str) -> dict[str, tuple[int | None, str]]:
+    with pytest.raises(SpecError) as error:
+        load_spec(path, overrides)
+    assert error.value.exit_code == 2
+    return {p.path: (p.line, p.message) for p in error.value.problems}
+
+
+def test_a_spec_is_read(spec: Path, data: Path, model: str) -> None:
+    read = load_spec(spec)
+    assert list(read.stages) == ["sft", "reward", "dpo", "eval"]
+    assert read.stages["sft"].train.given() == {"learning_rate": 1e-3, "max_steps": 5}
+    assert read.references("sft") == {"model": [model]}
+    assert read.upstream("eval") == ["sft", "dpo", "reward"]
+    assert read.stages["dpo"].lora()["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert read.storage == str(spec.parent / "runs")
+
+
+def test_the_resolved_spec_reads_back_the_same(spec: Path, tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    read = load_spec(spec)
+    again = tmp_path / "again.yaml"
+    with again.open("w") as out:
+        YAML().dump(read.as_yaml(), out)
+    assert load_spec(again).as_yaml() == read.as_yaml()
+
+
+def test_python_makes_the_same_spec(spec: Path, data: Path, model: str) -> None:
+    pairs = [{"path": str(data / "pairs.jsonl")}]
+    pipeline = Pipeline(
+        name="test",
+        model=model,
+        storage=str(spec.parent / "runs"),
+        stages={
+            "sft": SFT(data=[{"path": str(data / "chats.jsonl")}], train={"learning_rate": 1e-3, "max_steps": 5}),
+            "reward": {"kind": "reward", "model": "stages.sft", "data": pairs},
+            "dpo": DPO(model="stages.sft", data=pairs, tuning={"method": "lora", "r": 4}),
+            "eval": Evaluate(
+                models=["stages.sft", "stages.dpo", "stages.reward"], data=[{"path": str(data / "heldout.jsonl")}]
+            ),
+        },
+    )
+    assert pipeline.spec.as_yaml() == load_spec(spec).as_yaml()
+    assert [s.fingerprint for s in pipeline.plan().stages] == [
+        s.fingerprint for s in Pipeline.from_file(spec).plan().stages
+    ]
+
+
+def test_every_mistake_is_told_at_once(spec: Path, data: Path) -> None:
+    text = spec.read_text().replace("learning_rate: 1e-3", "learning_rte: 1e-3, warmup_steps: many")
+    text = text.replace("kind: reward, model: stages.sft", "kind: reward, model: stages.sfd")
+    text = text.replace("kind: evaluate", "kind: evaluat").replace(
+        "tuning: {method: lora, r: 4}", "tuning: {method: lora, rr: 4}"
+    )
+    spec.write_text(text + "storag: ./x\n")
+    found = problems(spec)
+    assert found == {
+        "stages.sft.train.learning_rte": (7, "unknown key; did you mean learning_rate?"),
+        "stages.sft.train.warmup_steps": (7, "should be a valid number, not 'many'"),
+        "stages.reward.model": (8, "there is no stage 'sfd'; did you mean sft?"),
+        "stages.dpo.tuning.rr": (9, "unknown key; did you mean r?"),
+        "stages.eval.kind": (10, "kind 'evaluat' is not a kind of stage; did you mean evaluate?; kinds: init, sft, reward, dpo, evaluate"),
+        "storag": (11, "unknown key; did you mean storage?"),
+    }  # fmt: skip
+
+
+def test_wrong_kinds_of_input_and_cycles(spec: Path) -> None:
+    text = spec.read_text().replace("kind: dpo, model: stages.sft", "kind: dpo, model: stages.reward")
+    text = text.replace("    kind: sft\n", "    kind: sft\n    model: stages.dpo\n")
+    text = text.replace("kind: reward, model: stages.sft", "kind: reward, model: sft")
+    spec.write_text(text)
+    found = problems(spec)
+    assert found["stages.dpo.model"] == (10, "stages.reward makes a reward model; wanted here: model")
+    assert found["stages.reward.model"] == (9, "write stages.sft to use what the stage 'sft' makes")
+    spec.write_text(
+        text.replace("kind: reward, model: sft", "kind: reward, model: stages.sft").replace(
+            "stages.reward, data", "stages.sft, data"
+        )
+    )
+    assert problems(spec)["stages.sft"][1] == "the stages go round in a circle: sft -> dpo -> sft"
+
+
+def test_data_and_models_are_looked_at_before_anything_starts(spec: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "notamodel").mkdir()
+    text = spec.read_text().replace(
+        f"path: {data}/chats.jsonl", "path: gone.jsonl}, {path: empty.jsonl}, {path: odd.jsonl"
+    )
+    text = text.replace(
+        f"kind: reward, model: stages.sft, data: [{{path: {data}/pairs.jsonl",
+        f"kind: reward, model: ./notamodel, data: [{{path: {data}/chats.jsonl",
+    )
+    spec.write_text(text)
+    found = {path: message for path, (_, message) in problems(spec).items()}
+    assert "no such file" in found["stages.sft.data.0"]
+    assert "the file is empty" in found["stages.sft.data.1"]
+    assert "question, answer, which is none of the formats" in found["stages.sft.data.2"]
+    assert "reward wants preference pairs" in found["stages.reward.data.0"]
+    assert "no config.json" in found["stages.reward.model"]
+
+
+def test_what_the_pipeline_decides_is_refused_with_the_place_to_say_it(spec: Path) -> None:
+    found = problems(spec, "stages.sft.train.output_dir=/tmp/x")
+    assert found["stages.sft.train"][1] == "output_dir: the run folder decides where a stage writes"
+
+
+def test_overrides(spec: Path) -> None:
+    read = load_spec(
+        spec, ["stages.sft.train.learning_rate=1e-5", "seed=7", "stages.eval.models.0=stages.dpo", "cluster.workers=2"]
+    )
+    assert read.stages["sft"].train.given()["learning_rate"] == 1e-5
+    assert (read.seed, read.stages["eval"].models[0], read.cluster.workers) == (7, "stages.dpo", 2)
+    assert (
+        "there is no stage 'sfd'; did you mean sft?" in problems(spec, "stages.sfd.seed=1")["--set stages.sfd.seed"][1]
+    )
+    assert "path=value" in problems(spec, "seed")["--set seed"][1]
+    assert problems(spec, "sead=1")["sead"][1] == "unknown key; did you mean seed?"
+
+
+def test_environment(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec.write_text(spec.read_text() + "seed: ${SEED}\nstorage: ${STORE:-./out}/runs\n")
+    line, message = problems(spec)["seed"]
+    assert (line, message.split(";")[0]) == (11, "the environment variable SEED is not set")
+    monkeypatch.setenv("SEED", "3")
+    read = load_spec(spec)
+    assert (read.seed, read.storage) == (3, str(spec.parent / "out" / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stages: [", "not YAML"),
+        ("- a\n", "a spec is a mapping"),
+        ("model: m\n", "at least one stage"),
+        ("a: 1\na: 2\n", "not YAML"),
+    ],
+)
+def test_what_is_no_spec_at_all(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(SpecError, match=says):
+        load_spec(tmp_path / "s.yaml")
+
+
+def test_names_cannot_leave_the_run_folder(spec: Path) -> None:
+    assert "should match pattern" in problems(spec, "name=../x")["name"][1]
+    spec.write_text(spec.read_text().replace("  reward:", "  ../reward:"))
+    assert "small letters" in problems(spec)["stages.../reward"][1]
+
+
+def test_the_schema_knows_the_trainers_own_fields() -> None:
+    text = json.dumps(json_schema())
+    assert all(
+        name in text for name in ("learning_rate", "center_rewards_coefficient", "lora_alpha", "train_on", "at_least")
+    )
+    assert '"packing"' not in text
