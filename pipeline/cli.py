@@ -62,32 +62,19 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
         print(json.dumps({"stages": rows}, indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "stage",
-        "kind",
-        "from",
-        "state",
-        "rows",
-        "tokens",
-        "steps",
-        "workers",
-        "memory/worker",
-        "fits",
-        "why",
-    ):
-        table.add_column(
-            column, justify="right" if column in ("rows", "tokens", "steps", "workers", "memory/worker") else "left"
-        )
+    for column in ("stage", "kind", "state", "rows", "tokens", "steps", "workers", "MiB/worker", "fits"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("stage", "kind", "state") else "right")
     for row in rows:
         numbers = ["" if row[k] is None else f"{row[k]:,}" for k in ("rows", "tokens", "steps", "workers")]
         memory = row["memory_per_worker_bytes"]
-        shown = "" if memory is None else f"{memory / 2**20:,.1f} MiB"
-        inputs = ", ".join(row["inputs"])
-        table.add_row(
-            row["name"], row["kind"], inputs, row["state"], *numbers, shown, "yes" if row["fits"] else "no", row["why"]
-        )
+        shown = "" if memory is None else f"{memory / 2**20:,.1f}"
+        table.add_row(row["name"], row["kind"], row["state"], *numbers, shown, "yes" if row["fits"] else "NO")
     console.print(table)
-    console.print("memory is weights, gradients and optimizer in float32; activations come on top", style="dim")
+    for row in rows:
+        source = f" from {', '.join(row['inputs'])}" if row["inputs"] else ""
+        console.print(f"{row['name']}{source}: {row['why']}", style="dim", highlight=False, soft_wrap=True)
+    note = "rows of a stage that has not run are those of its files; memory is without activations"
+    console.print(note, style="dim", soft_wrap=True)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifacts import RunFolder, read_json
+from pipeline.artifacts import RunFolder
 from pipeline.spec import Cluster, Spec
 from stages import Stage
 from stages.base import Resources
@@ -178,6 +178,14 @@ def machine_resources() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus())}
 
 
+def lacking(resources: Resources, available: dict[str, float]) -> list[str]:
+    """What there is too little of for a stage's workers, in words."""
+    need = {"CPU": resources.cpus_per_worker * resources.workers, "GPU": resources.gpus_per_worker * resources.workers}
+    return [
+        f"needs {n} {k}, this machine has {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)
+    ]
+
+
 def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> dict[str, Any]:
     stage, resources = planned.stage, planned.resources
     manifest = plan.folder.manifest(planned.name) if planned.state == "cached" else None
@@ -186,13 +194,9 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
     why = planned.why
     if manifest is None and stage.sources() and stage.kind != "init":
         rows = sum(count_rows(source) for source in stage.sources())
-        why += "; rows are those of the files, before any is left out"
         if isinstance(stage, TrainStage):
             steps = planned_steps(stage, rows, resources.workers)
-    need = {"CPU": resources.cpus_per_worker * resources.workers, "GPU": resources.gpus_per_worker * resources.workers}
-    lacking = [
-        f"needs {n} {k}, this machine has {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)
-    ]
+    lacks = lacking(resources, available)
     memory = training_memory(plan, planned) if isinstance(stage, TrainStage) else None
     return {
         "name": planned.name,
@@ -205,8 +209,8 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
         "steps": steps,
         "workers": resources.workers,
         "memory_per_worker_bytes": memory,
-        "fits": not lacking,
-        "why": "; ".join([*lacking, why]),
+        "fits": not lacks,
+        "why": "; ".join([*lacks, why]),
     }
 
 
@@ -296,16 +300,3 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a stage's metrics.jsonl."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-__all__ = [
-    "Plan",
-    "PlannedStage",
-    "describe",
-    "fingerprint_of",
-    "lineage",
-    "make_plan",
-    "order",
-    "read_json",
-    "read_metrics",
-]

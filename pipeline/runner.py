@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import RunFolder, read_json
+from pipeline.artifacts import read_json
 from pipeline.handoff import Checker
-from pipeline.plan import Plan, PlannedStage, lineage, machine_gpus
+from pipeline.plan import Plan, PlannedStage, lacking, lineage, machine_gpus, machine_resources
 from pipeline.progress import Terminal
 from pipeline.report import write_report
 from pipeline.stage_process import StageJob, send
 from stages.base import Artifact, StageContext
-from stages.errors import StageError
+from stages.errors import Problem, SpecError, StageError
 from stages.training.launch import ENVIRONMENT
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
@@ -121,6 +121,8 @@ class _Run:
         self.state: dict[str, Any] = {}
 
     def carry_out(self) -> None:
+        if self.cluster.local:
+            self._check_machine()
         self._begin()
         try:
             if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
@@ -137,6 +139,19 @@ class _Run:
             self.cluster.stop()
         if self.failed:
             raise StageError("\n".join(self.failed.values()))
+
+    def _check_machine(self) -> None:
+        """This machine does not grow: what it can never hold is told before anything is started."""
+        have = machine_resources()
+        hint = "lower `workers`, or run it on a cluster (RAY_ADDRESS, or `raylign submit`)"
+        problems = [
+            Problem(f"stages.{s.name}", f"{what}; {hint}")
+            for s in self.plan.stages
+            if s.state != "cached"
+            for what in lacking(s.resources, have)
+        ]
+        if problems:
+            raise SpecError(problems, self.plan.spec.file)
 
     # -- the record
 
@@ -339,6 +354,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             out[library] = "from source"
     return out
-
-
-__all__ = ["RayCluster", "RunFolder", "run_plan"]

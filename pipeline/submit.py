@@ -27,7 +27,10 @@ def submit_spec(spec: Path, address: str, overrides: Sequence[str], env: Sequenc
         SpecError: the spec is wrong, or an environment variable is not set.
         RaylignError: the cluster cannot be reached or refuses the job.
     """
-    load_spec(spec, overrides)
+    read = load_spec(spec, overrides)
+    if Path(read.storage).is_relative_to(Path.cwd()):
+        what = "it is relative, and would go with the job's working directory; name a folder that every node sees"
+        raise SpecError([Problem("storage", what)], str(spec))
     if Path(spec).is_absolute():
         raise SpecError(
             [Problem("", f"{spec}: give the spec relative to the folder that is shipped (the current one)")]

@@ -65,7 +65,7 @@ class Evaluate(Stage):
         chats = [source for source, format in by_format if format != "preference"]
         metrics: dict[str, Any] = {}
         samples: dict[str, list[dict[str, Any]]] = {}
-        prepared: dict[Task, Prepared] = {}
+        used: dict[str, Prepared] = {}  # models of one tokenizer share their prepared rows
         for artifact in ctx.inputs["models"]:
             ctx.report.phase("evaluate", model=artifact.name)
             tokenizer = load_tokenizer(artifact.model, ctx.chat_template)
@@ -75,6 +75,7 @@ class Evaluate(Stage):
                 for task, sources in tasks
                 if sources and not (task == "evaluation" and artifact.kind == "reward model")
             }
+            used |= {str(data.path): data for data in prepared.values()}
             job = {
                 "stage": self.model_dump(),
                 "artifact": artifact,
@@ -92,7 +93,7 @@ class Evaluate(Stage):
             ctx.report.metrics(0, {"model": artifact.name, **outcome["metrics"]})
         side_by_side = _side_by_side(samples, self.shown)
         (ctx.work / "samples.json").write_text(json.dumps(side_by_side, indent=1))
-        rows = _write_ledgers(prepared, ctx)
+        rows = _write_ledgers(list(used.values()), ctx)
         verdicts = [check_gate(gate, metrics) for gate in self.gates]
         (ctx.work / "gates.json").write_text(json.dumps(verdicts, indent=1))
         if failed := [verdict["says"] for verdict in verdicts if not verdict["holds"]]:
@@ -195,9 +196,9 @@ def _side_by_side(samples: dict[str, list[dict[str, Any]]], shown: int) -> list[
     return ordered[:shown]
 
 
-def _write_ledgers(prepared: dict[Task, Prepared], ctx: StageContext) -> int:
-    entries = [entry for data in prepared.values() for entry in read_entries(data.path)]
-    rows = sum(data.rows for data in prepared.values())
+def _write_ledgers(used: list[Prepared], ctx: StageContext) -> int:
+    entries = [entry for data in used for entry in read_entries(data.path)]
+    rows = sum(data.rows for data in used)
     (ctx.work / "ledger.json").write_text(json.dumps(summary(rows + len(entries), rows, entries), indent=1))
     write_entries(ctx.work / "ledger.jsonl", entries)
     return rows
