@@ -195,7 +195,8 @@ class FeedLoader:
 
     A micro-batch carries `row_weight`, by which a mean over its rows must be multiplied for the mean over workers and
     accumulation steps to be the mean over all rows of the step (it is not 1 only in an epoch's last step). An empty one is
-    a placeholder row of weight 0, since every worker must run the same number of backward passes.
+    a placeholder row of weight 0, since every worker must run the same number of backward passes. `ragged` says that workers
+    may hold different numbers of rows in this step.
     """
 
     def __init__(self, feed: Feed, collate: Collator, placeholder: Row) -> None:
@@ -211,4 +212,5 @@ class FeedLoader:
             step_rows = self.feed.rows_in_step(self.feed.step - 1)
             batch = self.collate(rows or [self.placeholder])
             batch["row_weight"] = len(rows) * micro_batches_per_step / step_rows
+            batch["ragged"] = step_rows < shares.rows_per_step
             yield batch

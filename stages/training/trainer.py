@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,42 @@ class Fed:
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        weight = inputs.pop("row_weight", 1.0)
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        weight, uneven = inputs.pop("row_weight", 1.0), inputs.pop("ragged", False)
+        with ragged_gathers(self.accelerator, weight > 0) if uneven else nullcontext():  # type: ignore[attr-defined]
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if self.token_normalised or weight == 1.0:
             return loss
         return (loss[0] * weight, loss[1]) if return_outputs else loss * weight
+
+
+@contextmanager
+def ragged_gathers(accelerator: Any, real: bool) -> Iterator[None]:
+    """Let TRL gather its metrics from workers that hold different numbers of rows.
+
+    Its compute_loss gathers (rows, ...) tensors, which crashes gloo where the rows differ between workers. Here each is
+    padded for the way and cut again; a worker without `real` rows adds none.
+    """
+    import torch
+
+    gather = accelerator.gather
+
+    def ragged(tensor: Any) -> Any:
+        if tensor.ndim == 0 or accelerator.num_processes == 1:
+            return gather(tensor)
+        rows = tensor.shape[0] if real else 0
+        sizes = gather(torch.tensor([rows], device=tensor.device)).tolist()
+        if not max(sizes):
+            return tensor
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[:rows] = tensor[:rows]
+        parts = gather(padded).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    accelerator.gather = accelerator.gather_for_metrics = ragged
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
 
 
 @dataclass

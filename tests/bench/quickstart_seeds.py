@@ -1,7 +1,7 @@
 """The quickstart over several seeds: what DPO gains over SFT on held-out exact match, beside the spread over seeds.
 
     python examples/quickstart_data.py examples/data/quickstart
-    python tests/bench/quickstart_seeds.py 1 2 3
+    python tests/bench/quickstart_seeds.py 1 2 3 [stages.sft.train.learning_rate=2e-3 ...]
 
 The data stay the same; the seed decides the fresh model, the order of the rows and the new score head.
 """
@@ -18,12 +18,13 @@ SPEC = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 
 
 def main() -> None:
-    seeds = [int(seed) for seed in sys.argv[1:]] or [1, 2, 3]
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    seeds = [int(argument) for argument in sys.argv[1:] if "=" not in argument] or [1, 2, 3]
     rows = []
     for seed in seeds:
-        run = Pipeline.from_file(SPEC, [f"seed={seed}", f"name=quickstart-seed-{seed}", "stages.eval.gates=[]"]).run(
-            quiet=True
-        )
+        run = Pipeline.from_file(
+            SPEC, [f"seed={seed}", f"name=quickstart-seed-{seed}", "stages.eval.gates=[]", *overrides]
+        ).run(quiet=True)
         metrics = run["eval"].metrics
         seconds = {name: outcome.manifest["seconds"] for name, outcome in run.items()}
         rows.append(
