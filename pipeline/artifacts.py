@@ -74,13 +74,13 @@ class RunFolder:
     def manifest(self, name: str) -> dict[str, Any] | None:
         return read_json(self.stage(name) / "manifest.json")
 
-    def is_published(self, name: str, fingerprint: str) -> bool:
-        """Whether the stage's artifact with this fingerprint is there, now or from before a change that was taken back."""
+    def find(self, name: str, fingerprint: str) -> Path | None:
+        """The folder of a published artifact: the stage's own, or where a change that was taken back had put it aside."""
         for folder in (self.stage(name), self._previous(name, fingerprint)):
             manifest = read_json(folder / "manifest.json")
             if manifest is not None and manifest["fingerprint"] == fingerprint:
-                return True
-        return False
+                return folder
+        return None
 
     def was_started(self, name: str, fingerprint: str) -> bool:
         return any((self.work(name, fingerprint) / "checkpoints").glob("checkpoint-*"))
@@ -128,6 +128,14 @@ class RunFolder:
 
     def state(self) -> dict[str, Any]:
         return read_json(self.path / "run.json") or {}
+
+    def is_locked(self) -> bool:
+        """Whether a process is carrying the run out."""
+        try:
+            with self.lock():
+                return False
+        except RaylignError:
+            return True
 
     @contextmanager
     def lock(self) -> Iterator[None]:

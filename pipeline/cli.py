@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +58,7 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
     from pipeline.plan import describe, make_plan
     from pipeline.spec import load_spec
 
-    rows = describe(make_plan(load_spec(spec, set or [])))
+    rows = describe(make_plan(load_spec(spec, set or [])), _cluster_resources())
     if as_json:
         print(json.dumps({"stages": rows}, indent=1))
         return
@@ -75,6 +76,15 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
         console.print(f"{row['name']}{source}: {row['why']}", style="dim", highlight=False, soft_wrap=True)
     note = "rows of a stage that has not run are those of its files; memory is without activations"
     console.print(note, style="dim", soft_wrap=True)
+
+
+def _cluster_resources() -> dict[str, float] | None:
+    """What the cluster of RAY_ADDRESS has; None for this machine."""
+    if "RAY_ADDRESS" not in os.environ:
+        return None
+    from pipeline.runner import RayCluster
+
+    return RayCluster().capacity()
 
 
 @app.command()
@@ -108,7 +118,10 @@ def status(run: RunPath) -> None:
     from pipeline.tables import render_run
 
     folder = RunFolder.open(run)
-    console.print(f"{folder.state()['name']}: {folder.state()['state']}")
+    state = folder.state()["state"]
+    if state == "running" and not folder.is_locked():
+        state = "interrupted (its process is gone); run the spec again to go on"
+    console.print(f"{folder.state()['name']}: {state}", markup=False)
     console.print(render_run(folder))
 
 
@@ -176,6 +189,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
     errors = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _interrupted)  # as Ctrl-C: end the stages, record the state
     try:
         _invoke()
     except RaylignError as error:
@@ -190,6 +204,14 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; run the same command again to go on", style="yellow")
         _exit(130)
+    except BrokenPipeError:
+        os._exit(0)  # `raylign schema | head`
+    except OSError as error:
+        if debug:
+            errors.print_exception()
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        errors.print(f"error: {what}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _exit(2)
     except Exception as error:
         if debug:
             errors.print_exception()
@@ -200,8 +222,14 @@ def main() -> None:
 
 def _invoke() -> Any:
     code = app(standalone_mode=False)
+    if code == 130:  # typer's answer to Ctrl-C
+        raise KeyboardInterrupt
     if isinstance(code, int) and code:
         _exit(code)
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _exit(code: int) -> None:

@@ -22,7 +22,7 @@ from stages.data.records import Conversation, Preference, Rejected, normalise, r
 from stages.data.records import Text as PlainText
 from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk
 from stages.data.tokenizer import load_tokenizer
-from stages.errors import RaylignError, StageError
+from stages.errors import Problem, SpecError
 from stages.init import CHATML, train_tokenizer
 from stages.training.stage import TrainStage
 
@@ -45,7 +45,7 @@ def inspect(plan: Plan, stage: str | None, n: int) -> Inspection:
     """The first `n` rows of a stage (the first that trains, where none is named) that reach training.
 
     Raises:
-        RaylignError: no such stage, or its tokenizer is not there yet.
+        SpecError: no such stage.
     """
     planned = _choose(plan, stage)
     config = planned.stage
@@ -72,13 +72,11 @@ def _choose(plan: Plan, stage: str | None) -> PlannedStage:
     names = ", ".join(s.name for s in trainable)
     if stage is None:
         if not trainable:
-            raise StageError("no stage of this spec trains on data")
+            raise SpecError([Problem("stages", "no stage of this spec trains on data, so there is nothing to inspect")])
         return trainable[0]
     found = next((s for s in trainable if s.name == stage), None)
     if found is None:
-        error = RaylignError(f"--stage {stage}: no such training stage; there are: {names}")
-        error.exit_code = 2
-        raise error
+        raise SpecError([Problem(f"--stage {stage}", f"no such training stage; there are: {names}")])
     return found
 
 
@@ -87,8 +85,8 @@ def stage_tokenizer(plan: Plan, planned: PlannedStage) -> Any:
     model = planned.inputs["model"][0]
     while model.startswith("stages."):
         made = plan[model.removeprefix("stages.")]
-        if made.state == "cached":
-            return load_tokenizer(str(plan.folder.artifact(made.name).model), plan.spec.template)
+        if published := plan.folder.find(made.name, made.fingerprint):
+            return load_tokenizer(str(published / "model"), plan.spec.template)
         if made.stage.kind == "init":
             config: Any = made.stage
             return train_tokenizer(config.data, config.tokenizer.vocab_size, plan.spec.template or CHATML)

@@ -10,28 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, read_json
 from pipeline.spec import Cluster, Spec
 from stages import Stage
 from stages.base import Resources
 from stages.data.prepare import DATA_VERSION, sources_key
 from stages.data.source import count_rows
+from stages.training.deepspeed import deepspeed_config
 from stages.training.feed import Shares
 from stages.training.stage import TrainStage
 
 State = Literal["cached", "resume", "run"]
 # Config that cannot change what a stage makes.
 NOT_IN_FINGERPRINT = {
-    "data",
-    "model",
-    "models",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "gates",
-    "shown",
-}
+    "data", "model", "models", "deepspeed", "gates", "logging_steps", "save_steps", "save_total_limit", "report_to",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ def make_plan(spec: Spec) -> Plan:
         fingerprint = fingerprint_of(spec, stage, inputs, {n: before[n].fingerprint for n in needs}, resources)
         changed = [n for n in needs if before[n].state != "cached"]
         state: State
-        if folder.is_published(name, fingerprint):
+        if folder.find(name, fingerprint):
             state, why = "cached", "unchanged"
         elif folder.was_started(name, fingerprint):
             state, why = "resume", "interrupted; goes on from its last checkpoint"
@@ -105,12 +98,11 @@ def fingerprint_of(
 ) -> str:
     """Hash of all that decides the artifact: config, data, inputs, seed, template, workers, and the stage's version."""
     config = _strip(stage.model_dump(mode="json", exclude_unset=True))
-    if gates := getattr(stage, "gates", None):  # a gate decides whether there is an artifact at all
-        config["gates"] = [gate.model_dump(mode="json") for gate in gates]
     key = {
         "kind": stage.kind,
         "version": [stage.version, DATA_VERSION],
         "config": config,
+        "deepspeed": deepspeed_config(getattr(stage, "deepspeed", None)),  # what the file says, not where it lies
         "data": sources_key(stage.sources()),
         "inputs": {
             name: [upstream[r.removeprefix("stages.")] if r.startswith("stages.") else model_key(r) for r in refs]
@@ -175,20 +167,20 @@ def describe(plan: Plan, available: dict[str, float] | None = None) -> list[dict
 
 
 def machine_resources() -> dict[str, float]:
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus())}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus()), "memory": float(memory)}
 
 
 def lacking(resources: Resources, available: dict[str, float]) -> list[str]:
     """What there is too little of for a stage's workers, in words."""
     need = {"CPU": resources.cpus_per_worker * resources.workers, "GPU": resources.gpus_per_worker * resources.workers}
-    return [
-        f"needs {n} {k}, this machine has {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)
-    ]
+    return [f"needs {n} {k}, there are {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)]
 
 
 def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> dict[str, Any]:
     stage, resources = planned.stage, planned.resources
-    manifest = plan.folder.manifest(planned.name) if planned.state == "cached" else None
+    published = plan.folder.find(planned.name, planned.fingerprint)
+    manifest = read_json(published / "manifest.json") if published else None
     rows = manifest["rows"] if manifest else None
     tokens, steps = (manifest["tokens"], manifest["steps"]) if manifest else (None, None)
     why = planned.why
@@ -196,8 +188,11 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
         rows = sum(count_rows(source) for source in stage.sources())
         if isinstance(stage, TrainStage):
             steps = planned_steps(stage, rows, resources.workers)
-    lacks = lacking(resources, available)
     memory = training_memory(plan, planned) if isinstance(stage, TrainStage) else None
+    lacks = lacking(resources, available)
+    total = (memory or 0) * resources.workers
+    if not resources.gpus_per_worker and total > available.get("memory", total):
+        lacks.append(f"needs {total / 2**30:.1f} GiB of memory, there are {available['memory'] / 2**30:.1f}")
     return {
         "name": planned.name,
         "kind": stage.kind,
@@ -250,8 +245,8 @@ def parameters(plan: Plan, model: str) -> int | None:
     """Parameters of a model, from the headers of its safetensors, or from its config where it is made by the run."""
     if model.startswith("stages."):
         made = plan[model.removeprefix("stages.")]
-        if made.state == "cached":
-            return _count_safetensors(plan.folder.stage(made.name) / "model")
+        if published := plan.folder.find(made.name, made.fingerprint):
+            return _count_safetensors(published / "model")
         if made.stage.kind == "init":
             return _count_from_config(made.stage)
         return parameters(plan, made.inputs["model"][0])

@@ -108,4 +108,4 @@ class Terminal:
             self._say(f"{name}: {what}")
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.time() - self.started:7.1f} s[/]  {text}", highlight=False)
+        self.console.print(f"[dim]{time.time() - self.started:7.1f} s[/]  {text}", highlight=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from pipeline.report import write_report
 from pipeline.stage_process import StageJob, send
 from stages.base import Artifact, StageContext
 from stages.errors import Problem, SpecError, StageError
+from stages.evaluate import check_gate
 from stages.training.launch import ENVIRONMENT
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
@@ -45,6 +46,7 @@ class RayCluster:
         self._address: str | None = self.given
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self.ours = True
         self._ready, self._over = threading.Event(), threading.Event()
 
     @property
@@ -65,6 +67,10 @@ class RayCluster:
         import ray
 
         try:
+            if ray.is_initialized():  # the caller's own: used, and left running
+                self._address, self.ours = ray.get_runtime_context().gcs_address, False
+                self._ready.set()
+                return
             context = ray.init(
                 address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
                 object_store_memory=int(os.environ.get("RAYLIGN_OBJECT_STORE_BYTES", 512 << 20)),
@@ -97,7 +103,7 @@ class RayCluster:
     def stop(self) -> None:
         if self._thread is not None:
             self._ready.wait()
-        if "ray" in sys.modules:
+        if self.ours and "ray" in sys.modules:
             sys.modules["ray"].shutdown()
         self._over.set()
 
@@ -179,6 +185,24 @@ class _Run:
             "stages": stages,
         }
         self.folder.save_state(self.state)
+        for planned in self.plan.stages:
+            if planned.state == "cached":
+                self._judge(planned)
+
+    def _judge(self, planned: PlannedStage) -> bool:
+        """Check a published evaluation's gates; one that does not hold fails the run, the artifact stays."""
+        gates = getattr(planned.stage, "gates", [])
+        if not gates:
+            return True
+        verdicts = [check_gate(gate, (self.folder.manifest(planned.name) or {})["metrics"]) for gate in gates]
+        broken = [verdict["says"] for verdict in verdicts if not verdict["holds"]]
+        self._set(planned.name, gates=verdicts)
+        if broken:
+            cause = "gate not met: " + "; ".join(broken)
+            self.failed[planned.name] = f"stage {planned.name}: {cause}"
+            self._set(planned.name, state="failed", error=cause)
+            self.terminal.stage(planned.name, planned.stage.kind, "failed")
+        return not broken
 
     def _set(self, name: str, **values: Any) -> None:
         self.state["stages"][name].update(values)
@@ -252,6 +276,8 @@ class _Run:
         if self.cluster.local:
             environment.pop("RAY_ADDRESS", None)
         train = getattr(planned.stage, "train", None)
+        if planned.resources.gpus_per_worker == 0 and self.cluster.local:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         if planned.resources.gpus_per_worker == 0 and not (train and train.given().get("torch_compile")):
             # DeepSpeed's Muon optimizer is compiled when it is imported, used or not: a second and a half.
             environment.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -260,7 +286,7 @@ class _Run:
     def _artifact(self, ref: str) -> Artifact:
         if ref.startswith("stages."):
             return self.folder.artifact(ref.removeprefix("stages."))
-        return Artifact(Path(ref).name, "model", ref)
+        return Artifact(ref, "model", ref)
 
     # -- watching
 
@@ -311,7 +337,8 @@ class _Run:
             (self.folder.stage(name) / file).unlink(missing_ok=True)
         self.done.add(name)
         self._set(name, state="done", seconds=seconds)
-        self.terminal.stage(name, planned.stage.kind, "done", seconds=seconds, metrics=manifest["metrics"])
+        if self._judge(planned):
+            self.terminal.stage(name, planned.stage.kind, "done", seconds=seconds, metrics=manifest["metrics"])
         write_report(self.folder)
 
     def _fail(self, running: Running, cause: str) -> None:

@@ -5,7 +5,6 @@ Paths in a spec (data, models, storage, DeepSpeed and template files) are relati
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import typing
@@ -21,9 +20,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from stages import KINDS, Init, Stage
 from stages.base import Config
 from stages.data.prepare import resolve_formats
-from stages.data.source import DataSource
+from stages.data.source import DataSource, find_files
 from stages.data.tokenizer import check_model_folder, read_chat_template
-from stages.errors import DataError, Problem, SpecError
+from stages.errors import DataError, Problem, SpecError, nearest
+from stages.init import config_problems
+from stages.training.arguments import MANAGED
 from stages.training.deepspeed import PRESETS
 
 BASE = "base"  # the name of the stage that `model: {init: ...}` stands for
@@ -169,7 +170,7 @@ def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
             return
         if isinstance(node, dict):
             if keys[:i] == ["stages"] and key not in node:
-                problems.append(Problem(f"--set {path}", f"there is no stage {key!r}{_nearest(key, list(node))}"))
+                problems.append(Problem(f"--set {path}", f"there is no stage {key!r}{nearest(key, list(node))}"))
                 return
             if node.get(key) is None:
                 node[key] = CommentedMap()
@@ -212,7 +213,16 @@ def _environment(
 
     whole = _ENV.fullmatch(text)
     out = _ENV.sub(value, text)
-    return YAML(typ="safe").load(out) if whole and out else out  # a lone variable may be a number
+    return _number(out) if whole else out
+
+
+def _number(text: str) -> Any:
+    """A lone variable may be a number or a truth value; anything else stays the text it is."""
+    try:
+        value = YAML(typ="safe").load(text)
+    except YAMLError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
 
 
 # ------------------------------------------------------------------------------------------------ checking
@@ -256,6 +266,8 @@ class _Checker:
         for name, stage in stages.items():
             if stage is not None:
                 self._files(name, stage)
+            else:
+                self._unvalidated_files(name, raw_stages[name])
         template = None
         if isinstance(head, _Head):
             template = self._path(head.chat_template, only_files=True)
@@ -309,18 +321,21 @@ class _Checker:
         return [source for stage in users for source in stage["data"] if isinstance(source, dict)]
 
     def _stage(self, name: str, raw: Any) -> Stage | None:
-        path = ("model", "init") if name == BASE and BASE not in self.raw.get("stages", {}) else ("stages", name)
+        given = self.raw.get("stages")
+        path = ("stages", name) if isinstance(given, dict) and name in given else ("model", "init")
         if not isinstance(raw, dict):
             self._problem(path, "a stage is a mapping with at least `kind`")
             return None
         kind = raw.get("kind")
-        if kind not in KINDS:
-            what = (
-                "is missing" if kind is None else f"{kind!r} is not a kind of stage{_nearest(str(kind), list(KINDS))}"
-            )
+        if not isinstance(kind, str) or kind not in KINDS:
+            what = "is missing" if kind is None else f"{kind!r} is not a kind of stage{nearest(str(kind), list(KINDS))}"
             self._problem((*path, "kind") if kind is not None else path, f"kind {what}; kinds: {', '.join(KINDS)}")
             return None
-        return self._validate(KINDS[kind], self._with_paths(raw), path)  # type: ignore[return-value]
+        stage = self._validate(KINDS[kind], self._with_paths(raw), path)
+        if isinstance(stage, Init):
+            for key, message in config_problems(stage.config).items():
+                self._problem((*path, "config", key), message)
+        return stage  # type: ignore[return-value]
 
     def _with_paths(self, raw: dict[str, Any]) -> dict[str, Any]:
         """The stage with its paths made absolute."""
@@ -334,6 +349,13 @@ class _Checker:
             out["model"] = self._model_path(out["model"])
         if isinstance(out.get("models"), list):
             out["models"] = [self._model_path(m) if isinstance(m, str) else m for m in out["models"]]
+        if isinstance(out.get("gates"), list):
+            out["gates"] = [
+                {k: self._model_path(v) if k in ("of", "over") and isinstance(v, str) else v for k, v in gate.items()}
+                if isinstance(gate, dict)
+                else gate
+                for gate in out["gates"]
+            ]
         if isinstance(out.get("deepspeed"), str) and out["deepspeed"] not in PRESETS:
             out["deepspeed"] = self._path(out["deepspeed"], only_files=True)
         return out
@@ -356,6 +378,8 @@ class _Checker:
         for name, raw in raw_stages.items():
             cls = KINDS.get(str(raw.get("kind"))) if isinstance(raw, dict) else None
             graph[name] = []
+            if cls is not None and isinstance(raw.get("gates"), list):
+                self._gates(name, raw)
             for field, wanted in (cls.accepts if cls else {}).items():
                 value = raw.get(field)
                 for i, ref in enumerate(value if isinstance(value, list) else [value]):
@@ -368,14 +392,35 @@ class _Checker:
                         continue
                     target = ref.removeprefix("stages.")
                     if target not in raw_stages:
-                        self._problem(path, f"there is no stage {target!r}{_nearest(target, list(raw_stages))}")
+                        self._problem(path, f"there is no stage {target!r}{nearest(target, list(raw_stages))}")
                         continue
                     graph[name].append(target)
-                    made = KINDS.get(raw_stages[target].get("kind")) if isinstance(raw_stages[target], dict) else None
+                    made = (
+                        KINDS.get(str(raw_stages[target].get("kind"))) if isinstance(raw_stages[target], dict) else None
+                    )
                     if made is not None and made.produces not in wanted:
                         self._problem(path, f"{ref} makes a {made.produces}; wanted here: {' or '.join(wanted)}")
         for cycle in _cycles(graph):
             self._problem(("stages", cycle[0]), f"the stages go round in a circle: {' -> '.join([*cycle, cycle[0]])}")
+
+    def _gates(self, name: str, raw: dict[str, Any]) -> None:
+        models = [m for m in raw.get("models") or [] if isinstance(m, str)]
+        for i, gate in enumerate(raw["gates"]):
+            for field in ("of", "over"):
+                model = gate.get(field) if isinstance(gate, dict) else None
+                if isinstance(model, str) and model not in models:
+                    what = f"{model} is not among `models`{nearest(model, models)}"
+                    self._problem(("stages", name, "gates", i, field), what)
+
+    def _unvalidated_files(self, name: str, raw: Any) -> None:
+        """The data of a stage that has other mistakes: missing files are told with them."""
+        data = raw.get("data") if isinstance(raw, dict) else None
+        for i, source in enumerate(data if isinstance(data, list) else []):
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                try:
+                    find_files(str(self._path(source["path"])))
+                except DataError as error:
+                    self._problem(("stages", name, "data", i), str(error))
 
     def _files(self, name: str, stage: Stage) -> None:
         """Everything a stage names is there and can be read, before anything is started."""
@@ -440,8 +485,10 @@ def _existing(raw: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _message(cls: type[BaseModel], error: dict[str, Any], where: tuple[Any, ...]) -> str:
     kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden" and "train" in where[:-1] and where[-1] in MANAGED:
+        return MANAGED[where[-1]]
     if kind == "extra_forbidden":
-        return f"unknown key{_nearest(str(where[-1]), _fields_at(cls, error['loc'][:-1]))}"
+        return f"unknown key{nearest(str(where[-1]), _fields_at(cls, error['loc'][:-1]))}"
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
@@ -471,11 +518,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _dotted(path: Sequence[Any]) -> str:

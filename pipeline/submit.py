@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.spec import load_spec
 from stages.errors import Problem, RaylignError, SpecError
 
-EXCLUDES = ["runs/", ".git/", ".venv/", "**/__pycache__/", "examples/data/"]
+EXCLUDES = ["runs/", ".git/", ".venv/", "**/__pycache__/"]
 
 
 def submit_spec(spec: Path, address: str, overrides: Sequence[str], env: Sequence[str]) -> int:

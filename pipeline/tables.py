@@ -27,11 +27,17 @@ def percent(name: str, value: Any) -> str:
     return f"{100 * value:.1f}%" if name in ("exact_match", "stopped", "preference_accuracy") else number(value)
 
 
+def published(folder: RunFolder, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of what the run's present spec made; None where an older artifact stands there."""
+    manifest = folder.manifest(name)
+    return manifest if manifest and manifest["fingerprint"] == record["fingerprint"] else None
+
+
 def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
     """One row per stage of the run, from its record and its manifests."""
     rows = []
     for name, record in folder.state().get("stages", {}).items():
-        manifest = folder.manifest(name) if record["state"] in ("done", "cached") else None
+        manifest = published(folder, name, record)
         ledger = ((manifest or {}).get("details") or {}).get("ledger") or {}
         rows.append(
             {
@@ -42,9 +48,7 @@ def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
                 "rows": (manifest or {}).get("rows"),
                 "left_out": sum(ledger.get("reasons", {}).values()) if ledger else None,
                 "steps": (manifest or {}).get("steps"),
-                "metrics": brief((manifest or {}).get("metrics", {}))
-                if manifest
-                else record.get("error", "").split("\n")[0],
+                "metrics": record.get("error", "").split("\n")[0] or brief((manifest or {}).get("metrics", {})),
             }
         )
     return rows
@@ -54,9 +58,7 @@ def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
     """(stage, manifest) of every evaluation that is published in the run's present state."""
     out = []
     for name, record in folder.state().get("stages", {}).items():
-        manifest = (
-            folder.manifest(name) if record["kind"] == "evaluate" and record["state"] in ("done", "cached") else None
-        )
+        manifest = published(folder, name, record) if record["kind"] == "evaluate" else None
         if manifest:
             out.append((name, manifest))
     return out
@@ -77,7 +79,7 @@ def render_run(folder: RunFolder) -> Group:
             Text(row["state"], style=colours.get(row["state"], "")),
             seconds,
             *cells,
-            row["metrics"],
+            Text(row["metrics"]),
         )
     parts: list[Any] = [stages]
     for name, manifest in evaluations(folder):
@@ -91,6 +93,6 @@ def render_run(folder: RunFolder) -> Group:
         for model, metrics in manifest["metrics"].items():
             table.add_row(model, *[percent(c, metrics.get(c)) for c in columns])
         parts.append(table)
-        for gate in manifest["details"].get("gates", []):
+        for gate in folder.state()["stages"][name].get("gates", []):
             parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))
     return Group(*parts)

@@ -65,8 +65,17 @@ class Reporter:
         """Forget the metrics after `step`: training goes on from there."""
         path = self.work / "metrics.jsonl"
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in lines))
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # torn when the power went; nothing stands after it
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})

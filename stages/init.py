@@ -14,6 +14,7 @@ from stages.data.chat import CHATML, ChatEncoder, TokenizerSpec
 from stages.data.prepare import resolve_formats
 from stages.data.records import Conversation, Record, Rejected, Text, normalise, rename
 from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk
+from stages.errors import nearest
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -61,6 +62,19 @@ def model_config(fields: dict[str, Any], tokenizer: Any) -> Any:
 
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     return AutoConfig.for_model(**({"model_type": "llama", "vocab_size": len(tokenizer)} | ids | fields))
+
+
+def config_problems(fields: dict[str, Any]) -> dict[str, str]:
+    """Key -> what is wrong with it, for `config`: a model type transformers has not got, or a key its config does not know."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = fields.get("model_type", "llama")
+    if kind not in CONFIG_MAPPING_NAMES:
+        return {"model_type": f"transformers has no model type {kind!r}{nearest(str(kind), CONFIG_MAPPING_NAMES)}"}
+    config = AutoConfig.for_model(kind)
+    known = {*config.to_dict(), *config.attribute_map, "rope_theta", "rope_scaling", "model_type"}
+    return {key: f"unknown key of a {kind} config{nearest(key, known)}" for key in fields if key not in known}
 
 
 def train_tokenizer(sources: Sequence[DataSource], vocab_size: int, chat_template: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,25 @@ def test_plan_json_has_the_contracts_fields(data: Path, model: str, tmp_path: Pa
     assert by_name["dpo"]["memory_per_worker_bytes"] == by_name["sft"]["memory_per_worker_bytes"] * 20 // 16
 
 
+def test_a_deepspeed_file_counts_by_its_contents(data: Path, model: str, tmp_path: Path) -> None:
+    seen = set()
+    for folder, stage in (("a", 1), ("b", 1), ("b", 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / "ds.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        seen.add(prints(pipeline(data, model, tmp_path, stages={"sft": {"deepspeed": str(file)}}))["sft"])
+    assert len(seen) == 2
+
+
+def test_plan_says_when_memory_is_lacking(data: Path, model: str, tmp_path: Path) -> None:
+    rows = describe(pipeline(data, model, tmp_path).plan(), {"CPU": 2.0, "GPU": 0.0, "memory": 1000.0})
+    assert not rows[0]["fits"] and "GiB of memory" in rows[0]["why"]
+
+
 def test_plan_says_what_is_lacking(data: Path, model: str, tmp_path: Path) -> None:
     rows = describe(pipeline(data, model, tmp_path, cluster={"workers": 8}).plan(), {"CPU": 2.0, "GPU": 0.0})
     sft = next(row for row in rows if row["name"] == "sft")
-    assert not sft["fits"] and "needs 8 CPU, this machine has 2" in sft["why"]
+    assert not sft["fits"] and "needs 8 CPU, there are 2" in sft["why"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.data import source
+from stages.data.records import Rejected, normalise
 from stages.data.source import BadRow, DataSource, chunks, count_rows, find_files, read_chunk
 from stages.errors import DataError
 
@@ -100,3 +101,28 @@ def test_a_glob_that_matches_nothing_and_a_kind_that_is_unknown(tmp_path: Path) 
     (tmp_path / "x.docx").write_text("x")
     with pytest.raises(DataError, match="not a kind of file"):
         find_files(str(tmp_path / "x.docx"))
+
+
+def test_a_csv_from_a_spreadsheet_and_one_with_bytes_of_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbftext\none\nna\xefve\n" + b"x" * 200_000 + b"\nlast\n")
+    rows = [row["text"] for _, row in read(path)]  # type: ignore[index]
+    assert (rows[0], rows[2], rows[3]) == ("one", "x" * 200_000, "last")
+    with pytest.raises(Rejected, match="invalid_unicode"):
+        normalise({"text": rows[1]}, "text")
+
+
+def test_rows_that_are_json_but_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000 + "\n" + '{"text": ' + "9" * 5000 + "}\n" + '{"text": "\\ud83d"}\n{"text": "good"}\n')
+    rows = read(path)
+    assert [type(row) for _, row in rows] == [BadRow, BadRow, dict, dict]
+    with pytest.raises(Rejected, match="invalid_unicode"):
+        normalise(rows[2][1], "text")  # type: ignore[arg-type]
+
+
+def test_hidden_folders_are_not_read(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints", "_old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(LINES)
+    assert len(read(tmp_path)) == len(ROWS)

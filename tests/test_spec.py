@@ -136,8 +136,42 @@ def test_data_and_models_are_looked_at_before_anything_starts(spec: Path, data: 
 
 
 def test_what_the_pipeline_decides_is_refused_with_the_place_to_say_it(spec: Path) -> None:
-    found = problems(spec, "stages.sft.train.output_dir=/tmp/x")
-    assert found["stages.sft.train"][1] == "output_dir: the run folder decides where a stage writes"
+    spec.write_text(spec.read_text().replace("max_steps: 5", "output_dir: /tmp/x, packing: true, max_stps: 1"))
+    assert problems(spec) == {
+        "stages.sft.train.output_dir": (7, "the run folder decides where a stage writes"),
+        "stages.sft.train.packing": (7, "packing is not built yet"),
+        "stages.sft.train.max_stps": (7, "unknown key; did you mean max_steps?"),
+    }
+
+
+def test_gates_name_models_that_are_evaluated(spec: Path) -> None:
+    gate = "[{metric: exact_match, of: stages.sfd, at_least: 0.1}, {metric: losss, of: stages.sft, at_most: 1}]"
+    found = problems(spec, f"stages.eval.gates={gate}")
+    assert found["stages.eval.gates.0.of"][1] == "stages.sfd is not among `models`; did you mean stages.sft?"
+    assert "should be 'loss'" in found["stages.eval.gates.1.metric"][1]
+
+
+def test_the_config_of_a_fresh_model_is_checked(tmp_path: Path, data: Path) -> None:
+    text = "model: {init: {config: {model_type: %s, hidden_sze: 16}}}\nstages:\n  sft: {kind: sft, data: [{path: %s/chats.jsonl}]}\n"
+    (tmp_path / "s.yaml").write_text(text % ("llama", data))
+    assert problems(tmp_path / "s.yaml")["model.init.config.hidden_sze"] == (
+        1,
+        "unknown key of a llama config; did you mean hidden_size?",
+    )
+    (tmp_path / "s.yaml").write_text(text % ("lama", data))
+    assert "no model type 'lama'" in problems(tmp_path / "s.yaml")["model.init.config.model_type"][1]
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ("{per_device_train_batch_size: 0}", "at least 1"),
+        ("{max_steps: null}", "valid integer"),
+        ("{gradient_accumulation_steps: -1}", "at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be(spec: Path, train: str, says: str) -> None:
+    assert any(says in message for _, message in problems(spec, f"stages.sft.train={train}").values())
 
 
 def test_overrides(spec: Path) -> None:
@@ -166,6 +200,8 @@ def test_environment(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "says"),
     [
         ("stages: [", "not YAML"),
+        ("model: {init: {}}\nstages:\n", "at least one stage"),
+        ("model: m\nstages: {a: {kind: [sft]}}\n", "is not a kind"),
         ("- a\n", "a spec is a mapping"),
         ("model: m\n", "at least one stage"),
         ("a: 1\na: 2\n", "not YAML"),

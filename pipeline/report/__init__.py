@@ -22,7 +22,10 @@ def write_report(folder: RunFolder) -> None:
         folder=folder.path.name,
         stages=stage_rows(folder),
         details=[_details(folder, row["name"]) for row in stage_rows(folder)],
-        evaluations=[{"name": n, **_evaluation(m)} for n, m in evaluations(folder)],
+        evaluations=[
+            {"name": n, "gates": folder.state()["stages"][n].get("gates", []), **_evaluation(m)}
+            for n, m in evaluations(folder)
+        ],
         spec=spec.read_text() if spec.is_file() else "",
     )
     temporary = folder.path / ".report.html.tmp"
@@ -66,5 +69,4 @@ def _evaluation(manifest: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "samples": manifest["details"]["samples"],
         "models": list(manifest["metrics"]),
-        "gates": manifest["details"]["gates"],
     }

@@ -182,7 +182,14 @@ class ChatEncoder:
 
     def message_ends(self, messages: Sequence[Message]) -> list[int]:
         """Where each message's text ends, in characters of the rendered text (for showing who speaks)."""
-        return [len(self.render(messages[: i + 1])) for i in range(len(messages))]
+        whole = len(self.render(messages))
+        ends = []
+        for i in range(len(messages)):
+            try:
+                ends.append(len(self.render(messages[: i + 1])))
+            except Exception:  # a template may refuse half a conversation; the part is then shown with the next speaker
+                ends.append(ends[-1] if ends else 0)
+        return [*ends[:-1], whole]
 
 
 def _difference(a: str, b: str) -> str:

@@ -1,7 +1,8 @@
 """Prepared data: what training streams. Made once by Ray Data tasks, content-addressed, reused by every run.
 
 One task reads one chunk of a file, normalises and encodes its rows and writes one Parquet shard and its part of the
-ledger; only counts come back, so memory is that of a chunk whatever the size of the input. A folder of prepared data holds
+ledger; only counts come back, so memory is that of a chunk. (A chunk is 4 MiB of JSON Lines or a Parquet row group; gzipped,
+CSV and JSON files are one chunk each, so keep those moderate.) A folder of prepared data holds
 `shard-*.parquet`, `ledger-*.jsonl` and, written last, `manifest.json`.
 """
 
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -123,12 +125,9 @@ def resolve_formats(sources: Sequence[DataSource]) -> list[str]:
 
 
 def _format_of(source: DataSource) -> str:
-    files = find_files(source.path)
-    if source.format is not None:
-        if source.format not in FORMATS:
-            raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}")
-        return source.format
-    for file in files:
+    if source.format is not None and source.format not in FORMATS:
+        raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}")
+    for file in find_files(source.path):
         row = first_row(file)
         if row is None:
             continue
@@ -136,7 +135,7 @@ def _format_of(source: DataSource) -> str:
         if absent:
             raise DataError(f"{file.path}: `columns` names {', '.join(absent)}, but rows have {', '.join(row)}")
         columns = list(rename(row, source.columns))
-        if found := detect_format(columns):
+        if found := source.format or detect_format(columns):
             return found
         raise DataError(
             f"{file.path}: rows have the columns {', '.join(columns)}, which is none of the formats "
@@ -162,7 +161,8 @@ def encode(records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe) -> l
     if recipe.task == "preference":
         return _encode_preferences(records, encoder, recipe)
     texts = iter(encoder.encode_text([r.text for r in records if isinstance(r, Text)]))
-    chats = iter(encoder.encode_batch([_answered(r) for r in records if isinstance(r, Conversation)]))
+    answered = _answered if recipe.task == "evaluation" else lambda record: record.messages
+    chats = iter(encoder.encode_batch([answered(r) for r in records if isinstance(r, Conversation)]))
     out: list[dict[str, Any] | Refused] = []
     for record in records:
         if isinstance(record, Preference):
@@ -361,8 +361,8 @@ def _make(
     import ray.data
 
     todo = [chunk for i, source in enumerate(sources) for file in find_files(source.path) for chunk in chunks(i, file)]
-    work = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    work.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
         job = ray.put((todo, list(sources), formats, recipe, work))
 
@@ -380,9 +380,11 @@ def _make(
             progress(len(results), len(todo))
         results.sort(key=lambda r: r["index"])
         _write_manifest(work, results, key, formats, sources)
-        if not (target / "manifest.json").exists():
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(work, target)
+        try:
+            os.rename(work, target)
+        except OSError:  # a stage beside this one was quicker: its folder holds the same
+            if not (target / "manifest.json").is_file():
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -121,6 +121,7 @@ def _conversation(messages: list[Message], row: dict[str, Any]) -> Conversation:
     expected = row.get("expected")
     if expected is not None and not isinstance(expected, str):
         raise Rejected("wrong_type", f"expected is a {type(expected).__name__}, not a string")
+    _unicode(expected or "", "expected")
     if expected is None and not any(m["role"] == "assistant" for m in messages):
         raise Rejected("no_assistant_turn", f"roles: {', '.join(m['role'] for m in messages)}")
     return Conversation(messages, expected)
@@ -138,6 +139,14 @@ def _text(value: Any, field: str) -> str:
         raise Rejected("wrong_type", f"{field} is a {type(value).__name__}, not a string")
     if not value.strip():
         raise Rejected("empty_content", field)
+    return _unicode(value, field)
+
+
+def _unicode(value: str, field: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of an emoji, or bytes of another encoding
+        raise Rejected("invalid_unicode", f"{field}: {error.reason}") from None
     return value
 
 
@@ -158,6 +167,7 @@ def _messages(value: Any, field: str) -> list[Message]:
             raise Rejected("wrong_type", f"{where}.content is a {type(content).__name__}, not a string")
         if role == "assistant" and not content.strip():
             raise Rejected("empty_content", where)
+        _unicode(content, where)
         unsupported = [key for key in NOT_YET if message.get(key) is not None]
         if unsupported:
             raise Rejected("unsupported_field", f"{where}.{unsupported[0]} cannot be rendered and masked yet")

@@ -13,6 +13,8 @@ import gzip
 import hashlib
 import io
 import json
+import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from stages.base import Config
 from stages.errors import DataError
 
 CHUNK_BYTES = 4 << 20
+BROKEN = (EOFError, OSError, zlib.error)  # what a damaged gzip raises
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -85,7 +89,7 @@ def find_files(path: str) -> list[DataFile]:
     """
     target = Path(path)
     if target.is_dir():
-        found = [p for p in sorted(target.rglob("*")) if p.is_file() and not p.name.startswith((".", "_"))]
+        found = [p for p in sorted(target.rglob("*")) if p.is_file() and not _hidden(p.relative_to(target))]
         files = [f for f in (classify(str(p)) for p in found) if f]
         if not files:
             raise DataError(f"{path}: no data files in this folder (looked for {', '.join(SUFFIXES)}, also .gz)")
@@ -104,6 +108,10 @@ def find_files(path: str) -> list[DataFile]:
         if Path(file.path).stat().st_size == 0:
             raise DataError(f"{file.path}: the file is empty")
     return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def content_hash(file: DataFile) -> str:
@@ -138,7 +146,7 @@ def _json_lines(lines: Iterator[bytes], first_row: int) -> Iterator[tuple[int, d
             continue  # a blank line is not a row
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             yield number, BadRow("malformed_json", str(error))
             continue
         yield number, row if isinstance(row, dict) else BadRow("not_an_object", f"a {type(row).__name__}")
@@ -162,26 +170,40 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
             try:
                 for number, line in enumerate(raw, 1):
                     yield from _json_lines(iter([line]), number)
-            except (EOFError, OSError) as error:
+            except BROKEN as error:
                 yield number + 1, BadRow("truncated_file", str(error))
         elif file.kind == "json":
             try:
                 rows = json.loads(raw.read())
-            except (json.JSONDecodeError, UnicodeDecodeError, EOFError, OSError) as error:
+            except (ValueError, RecursionError, *BROKEN) as error:
                 yield 1, BadRow("malformed_json", str(error))
                 return
             for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
                 yield number, row if isinstance(row, dict) else BadRow("not_an_object", f"a {type(row).__name__}")
         else:
-            reader = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
-            try:
-                for number, record in enumerate(reader, 1):
-                    if None in record or None in record.values():
-                        yield number, BadRow("malformed_csv", f"expected {len(reader.fieldnames or [])} fields")
-                    else:
-                        yield number, dict(record)
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield reader.line_num, BadRow("malformed_csv", str(error))
+            yield from _csv_rows(io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+
+
+def _csv_rows(lines: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Bytes that are not UTF-8 stay in the text as surrogates, for which the row is rejected (records.py)."""
+    reader = csv.DictReader(lines)
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, BadRow("malformed_csv", str(error))
+            continue
+        except BROKEN as error:
+            yield number, BadRow("truncated_file", str(error))
+            return
+        if None in row or None in row.values():
+            yield number, BadRow("malformed_csv", f"expected {len(reader.fieldnames or [])} fields")
+        else:
+            yield number, dict(row)
 
 
 def first_row(file: DataFile) -> dict[str, Any] | None:
@@ -194,7 +216,7 @@ def first_row(file: DataFile) -> dict[str, Any] | None:
                     return row
                 if number > 100:
                     break
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, *BROKEN) as error:
         raise DataError(f"{file.path}: cannot be read as {file.kind}: {error}") from error
     return None
 

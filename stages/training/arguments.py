@@ -53,9 +53,13 @@ MANAGED = {
     "load_best_model_at_end": "add an `evaluate` stage",
     "dataloader_num_workers": "Ray Data feeds the trainer",
     "dataloader_drop_last": "every row is seen exactly once per epoch",
-    "loss_type": "",  # allowed where the trainer has it; listed for the schema only
+    "use_cpu": "use `cluster: {gpus_per_worker: 0}`",
+    "ignore_data_skip": "the feed starts where the checkpoint stopped",
+    "disable_tqdm": "the pipeline shows progress itself",
+    "auto_find_batch_size": "the batch size decides which rows share a step, so it is fixed",
+    "eval_on_start": "add an `evaluate` stage",
+    "save_only_model": "an interrupted stage goes on from its whole checkpoint",
 }
-del MANAGED["loss_type"]
 
 _NAMES: dict[str, Any] = {
     "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "None": None,
@@ -104,23 +108,18 @@ class LibraryConfig(Config):
 class TrainConfig(LibraryConfig):
     """`train:` of a stage."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _managed(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            said = [f"{name}: {why}" for name, why in MANAGED.items() if name in values]
-            if said:
-                raise ValueError("; ".join(said))
-        return values
+    @model_validator(mode="after")
+    def _sizes(self) -> TrainConfig:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+            value = self.given().get(name, 1)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        return self
 
 
 def train_config(name: str) -> type[TrainConfig]:
     """The pydantic model of a trainer's arguments (`SFTConfig`, `RewardConfig`, `DPOConfig`)."""
-    fields = {
-        k: (Optional[v], Field(default=None))  # noqa: UP045 - v is a value, not an annotation
-        for k, v in library_fields(name).items()
-        if k not in MANAGED
-    }
+    fields = {k: (v, Field(default=None)) for k, v in library_fields(name).items() if k not in MANAGED}
     return create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
 
 
@@ -140,8 +139,7 @@ class _Lora(LibraryConfig):
 
 
 def _lora_fields() -> dict[str, Any]:
-    fields = {k: v for k, v in library_fields("LoraConfig").items() if k != "task_type"}
-    return {k: (Optional[v], Field(default=None)) for k, v in fields.items()}  # noqa: UP045 - v is a value
+    return {k: (v, Field(default=None)) for k, v in library_fields("LoraConfig").items() if k != "task_type"}
 
 
 Lora: type[_Lora] = create_model("Lora", __base__=_Lora, **_lora_fields())

@@ -59,7 +59,7 @@ class Window:
         return np.random.default_rng([seed, self.epoch, self.index, 1]).permutation(self.rows)
 
 
-def windows(groups: list[Group], *, seed: int, epoch: int, window_rows: int = WINDOW_ROWS) -> list[Window]:
+def windows(groups: list[Group], *, seed: int, epoch: int, window_rows: int) -> list[Window]:
     """The windows of an epoch, in order."""
     out: list[Window] = []
     start, held, size = 0, [], 0
@@ -167,7 +167,7 @@ def stream(feed: Feed) -> Iterator[pa.Table]:
     plan = [
         (window, first_step if epoch == first_epoch else 0)
         for epoch in range(first_epoch, feed.epochs)
-        for window in windows(feed.groups, seed=feed.seed, epoch=epoch)
+        for window in windows(feed.groups, seed=feed.seed, epoch=epoch, window_rows=WINDOW_ROWS)
         if epoch > first_epoch or window.start + window.rows > first_step * feed.shares.rows_per_step
     ]
     rank, shares, seed = feed.rank, feed.shares, feed.seed

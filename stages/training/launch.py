@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import Resources
-from stages.errors import StageError
 
 # The environment of stages and workers, set before Ray starts.
 # - Ray's PlacementGroupCleaner asks a State API that a local cluster does not run, and waits 15 s for the answer; a dead
@@ -21,6 +20,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a cluster may have to grow first
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -82,15 +82,12 @@ def launch(
     are reported where they lie.
 
     Raises:
-        StageError: the cluster has not got what the workers need.
-        Exception: what a worker raised.
+        Exception: what a worker raised, or Ray Train's own where the workers could not be started in the time allowed.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     in_process = local and resources.workers == 1 and resources.gpus_per_worker == 0
-    if not in_process:
-        _check_resources(resources)
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
@@ -113,19 +110,6 @@ def launch(
         return trainer.fit().return_value
     except WorkerGroupError as error:
         raise next(iter(error.worker_failures.values()), error) from error
-
-
-def _check_resources(resources: Resources) -> None:
-    import ray
-
-    have = ray.cluster_resources()
-    for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
-        need = each * resources.workers
-        if need > have.get(kind, 0):
-            raise StageError(
-                f"{resources.workers} workers need {need} {kind} in all; the cluster has {have.get(kind, 0):g}. "
-                "Lower `cluster.workers` or what each worker gets"
-            )
 
 
 def join_single_process_group() -> None:

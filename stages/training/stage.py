@@ -88,7 +88,7 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
     outcome = launch(
         train_on_worker,
-        {"job": job, "build": build},
+        {"job": job, "build": build, "on_cpu": ctx.resources.gpus_per_worker == 0},
         resources=ctx.resources,
         local=ctx.local,
         folder=ctx.work,

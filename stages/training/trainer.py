@@ -1,8 +1,8 @@
 """TRL's trainers on our feed: the mixin they share, what builds them, and the function each worker runs.
 
-Private hooks of TRL 1.16 and transformers 5.23 relied on here, each with a contract test in tests/test_trainer.py:
-`get_train_dataloader` is returned as it is, `_prepare_dataset` is where TRL tokenises, `compute_loss` gives a micro-batch
-mean (DPO, reward) or a loss already divided by the global count of trained tokens (SFT).
+Private hooks of TRL 1.16 and transformers 5.23 relied on here: `get_train_dataloader` is used as it is returned,
+`_prepare_dataset` is where TRL tokenises, `compute_loss` gives a micro-batch mean (DPO, reward) or a loss already divided by
+the global count of trained tokens (SFT). tests/integration/test_training.py fails where a version changes one of them.
 """
 
 from __future__ import annotations
@@ -142,12 +142,12 @@ def import_trainers() -> None:
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker does: build the trainer, train from the last checkpoint or the start, save the model."""
-    import torch
+    import torch.distributed
 
     job: TrainJob = config["job"]
     quiet_ray()
     rank, workers = worker_rank()
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = config["on_cpu"]
     if job.deepspeed is not None:
         if workers == 1 and not torch.distributed.is_initialized():
             join_single_process_group()
@@ -263,7 +263,7 @@ def _save(trainer: Any, job: TrainJob, rank: int) -> None:
         merge_adapter(
             job.model, job.work / "adapter", target, reward=job.task == "preference" and is_reward(trainer.model)
         )
-    finish_export(target, trainer.processing_class, job.stop_ids)
+    finish_export(target, job.model, trainer.processing_class, job.stop_ids)
 
 
 def is_reward(model: Any) -> bool:
@@ -289,7 +289,7 @@ def merge_adapter(base: str, adapter: Path, target: Path, *, reward: bool) -> No
     merged.save_pretrained(str(target))
 
 
-def finish_export(target: Path, tokenizer: Any, stop_ids: list[int]) -> None:
+def finish_export(target: Path, model: str, tokenizer: Any, stop_ids: list[int]) -> None:
     """Tokenizer, chat template and stop tokens beside the weights, so that the folder generates as it was trained to."""
     from transformers import AutoConfig, GenerationConfig
 
@@ -300,7 +300,10 @@ def finish_export(target: Path, tokenizer: Any, stop_ids: list[int]) -> None:
         config.save_pretrained(str(target))
     if "ForCausalLM" not in "".join(config.architectures or []):
         return
-    generation = GenerationConfig.from_model_config(config)
+    try:
+        generation = GenerationConfig.from_pretrained(model)  # the base's own stop tokens and sampling stay
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
     known = generation.eos_token_id
     ids = [] if known is None else [known] if isinstance(known, int) else list(known)
     generation.eos_token_id = list(dict.fromkeys([*ids, *stop_ids]))

@@ -165,10 +165,12 @@ def test_a_gate_that_fails_ends_with_1_and_says_so(finished: Path) -> None:
     done = raylign(finished, "run", "spec.yaml", "--set", gate)
     assert done.returncode == 1
     assert "gate not met: exact_match of dpo over sft is" in done.stderr and "wanted at least 0.99" in done.stderr
+    assert "models side by side" in done.stdout and done.stdout.count("unchanged") == 5  # the evaluation itself is kept
+    assert raylign(finished, "status", "runs/chain").stdout.startswith("chain: failed")
 
 
 def test_a_failing_stage_names_itself_and_leaves_the_others(tmp_path: Path, data: Path) -> None:
-    """A model too small for its positions: reward fails in the trainer, dpo beside it goes on, a rerun keeps it."""
+    """An optimizer that does not exist: reward fails in the trainer, dpo beside it goes on."""
     spec = SPEC.format(data=data, config=json.dumps(LLAMA))
     spec = spec.replace(
         "train: {learning_rate: 1e-3, logging_steps: 1}", "train: {learning_rate: 1e-3, optim: no_such_optimizer}"
@@ -185,6 +187,7 @@ def test_a_failing_stage_names_itself_and_leaves_the_others(tmp_path: Path, data
     assert state == {"base": "done", "sft": "done", "reward": "failed", "dpo": "done", "eval": "not run"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, data: Path) -> None:
     spec = (
         SPEC.format(data=data, config=json.dumps(LLAMA))
@@ -221,3 +224,30 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, data: 
     assert "goes on from its last checkpoint" in out and "interrupted" in err
     after = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
     assert after == list(range(1, len(after) + 1)) and after[-1] >= steps
+
+
+@pytest.mark.slow
+def test_submit_runs_the_spec_as_a_job_on_a_real_head(tmp_path: Path, data: Path, model: str) -> None:
+    """A Ray head of its own, with the dashboard that takes jobs; the job's stage trains on a Ray Train worker there."""
+    clone = Path(__file__).parents[2]
+    spec = clone / f"submit-{os.getpid()}.yaml"
+    spec.write_text(
+        f"name: job\nmodel: {model}\nstorage: {tmp_path}/runs\nstages:\n  sft: {{kind: sft, data: [{{path: {data}/chats.jsonl}}], "
+        "train: {max_steps: 3, logging_steps: 1, max_length: 128}}\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    head = [*ray, "start", "--head", "--port=16379", "--dashboard-port=18265", "--num-cpus=2", "--disable-usage-stats"]
+    started = subprocess.run(head, env=env, capture_output=True, text=True, timeout=120)
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", "submit", spec.name, "--address", "http://127.0.0.1:18265"],
+            cwd=clone, env=env, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "succeeded" in done.stdout and "run folder:" in done.stdout
+        assert (tmp_path / "runs" / "job" / "sft" / "model" / "model.safetensors").is_file()
+    finally:
+        spec.unlink()
+        subprocess.run([*ray, "stop", "--force"], env=env, capture_output=True, timeout=60)

@@ -17,6 +17,8 @@ from stages.data.ledger import read_entries
 from stages.data.prepare import Recipe, prepare
 from stages.data.source import DataSource
 from stages.errors import DataError
+from stages.training import feed as feed_module
+from stages.training.feed import Feed, Shares
 
 from ..conftest import write_jsonl
 
@@ -110,3 +112,39 @@ def test_data_of_which_no_row_can_be_used(tmp_path: Path, tokenizer: Any) -> Non
         DataError, match=r"none of the 1 rows can be used: no_assistant_turn 1; for example .*x.jsonl, row 1"
     ):
         prepare([DataSource(path=str(path))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path)
+
+
+def test_an_expected_answer_is_for_evaluation_and_never_trained(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}], "expected": "b"}]
+    path, spec = write_jsonl(tmp_path / "x.jsonl", rows), tokenizer_spec(tokenizer)
+    with pytest.raises(DataError, match="no_assistant_turn"):
+        prepare([DataSource(path=str(path))], Recipe("conversation", spec), tmp_path / "p")
+    (row,) = prepare([DataSource(path=str(path))], Recipe("evaluation", spec), tmp_path / "p").read()
+    assert row["expected"] == "b" and row["prompt"].endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("start", [0, 5, 26, 40])
+def test_the_feed_streams_through_ray_data_what_is_left(
+    tmp_path: Path, data: Path, tokenizer: Any, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several windows, two epochs of 26 steps, two workers: from any step on, exactly the rows that were next."""
+    monkeypatch.setattr(feed_module, "WINDOW_ROWS", 20)
+    monkeypatch.setattr(source, "CHUNK_BYTES", 4000)  # several shards, so several row groups
+    made = prepare(
+        [DataSource(path=str(data / "chats.jsonl"))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path
+    )
+    assert len(made.row_groups()) > 4
+    shares = Shares(2, 2)
+    steps = 2 * shares.steps(101)
+
+    def rows(from_step: int) -> list[list[int]]:
+        out = []
+        for rank in range(2):
+            feed = Feed(made.row_groups(), rank=rank, shares=shares, steps=steps, seed=0, start_step=from_step)
+            out.append([row["row"] for _ in range(from_step // 26, 2) for batch in feed for row in batch])
+        return out
+
+    whole, rest = rows(0), rows(start)
+    assert sorted(whole[0] + whole[1]) == sorted([*range(1, 102)] * 2)
+    assert [worker[len(worker) - len(r) :] for worker, r in zip(whole, rest, strict=True)] == rest
+    assert sum(map(len, rest)) == 202 - (start % 26 * 4 + start // 26 * 101)
