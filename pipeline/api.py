@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.plan import Plan, make_plan
-from pipeline.spec import Spec, build_spec, load_spec
+from pipeline.spec import Spec
+from pipeline.spec_checks import build_spec
+from pipeline.spec_reader import load_spec
 from stages import Stage
 
 

@@ -37,7 +37,7 @@ def run(spec: SpecPath, set: Overrides = None) -> None:
     """Carry a spec out; goes on where an earlier run of it stopped."""
     from pipeline.plan import make_plan
     from pipeline.runner import run_plan
-    from pipeline.spec import load_spec
+    from pipeline.spec_reader import load_spec
     from pipeline.tables import render_run
 
     plan = make_plan(load_spec(spec, set or []))
@@ -56,7 +56,7 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
     from rich.table import Table
 
     from pipeline.plan import describe, make_plan
-    from pipeline.spec import load_spec
+    from pipeline.spec_reader import load_spec
 
     rows = describe(make_plan(load_spec(spec, set or [])), _cluster_resources())
     if as_json:
@@ -99,7 +99,7 @@ def inspect(
     """Real rows as the model will see them, what is trained of them, and what is left out and why."""
     from pipeline import inspection
     from pipeline.plan import make_plan
-    from pipeline.spec import load_spec
+    from pipeline.spec_reader import load_spec
 
     found = inspection.inspect(make_plan(load_spec(spec, set or [])), stage, n)
     if html is not None:

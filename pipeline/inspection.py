@@ -16,8 +16,9 @@ from rich.text import Text
 
 from pipeline.plan import Plan, PlannedStage
 from stages.data.chat import IGNORE, ChatEncoder, Encoded, Refused
+from stages.data.encode import Recipe, encode_rows, encoder_for
 from stages.data.ledger import LedgerEntry
-from stages.data.prepare import Recipe, encode_rows, encoder_for, resolve_formats
+from stages.data.prepare import resolve_formats
 from stages.data.records import Conversation, Preference, Rejected, normalise, rename
 from stages.data.records import Text as PlainText
 from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk

@@ -14,7 +14,8 @@ from pipeline.artifacts import RunFolder, read_json
 from pipeline.spec import Cluster, Spec
 from stages import Stage
 from stages.base import Resources
-from stages.data.prepare import DATA_VERSION, sources_key
+from stages.data.encode import DATA_VERSION
+from stages.data.prepare import sources_key
 from stages.data.source import count_rows
 from stages.training.deepspeed import deepspeed_config
 from stages.training.feed import Shares

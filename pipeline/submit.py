@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.spec import load_spec
+from pipeline.spec_reader import load_spec
 from stages.errors import Problem, RaylignError, SpecError
 
 EXCLUDES = ["runs/", ".git/", ".venv/", "**/__pycache__/"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from stages.base import StageContext, StageResult
-from stages.data.prepare import Task
+from stages.data.encode import Task
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.stage import TrainStage, run_training
 from stages.training.trainer import Fed, TrainerParts

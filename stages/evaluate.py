@@ -14,8 +14,9 @@ from pydantic import Field, model_validator
 
 from stages.base import Artifact, ArtifactKind, Config, Stage, StageContext, StageResult
 from stages.data.chat import tokenizer_spec
+from stages.data.encode import Recipe, Task
 from stages.data.ledger import read_entries, summary, write_entries
-from stages.data.prepare import Prepared, Recipe, Task, prepare, resolve_formats
+from stages.data.prepare import Prepared, prepare, resolve_formats
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 from stages.training.launch import launch, quiet_ray, worker_rank

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stages.base import Config, StageContext, StageResult
 from stages.data.chat import TrainOn
-from stages.data.prepare import Task
+from stages.data.encode import Task
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.stage import TrainStage, run_training
 from stages.training.trainer import Fed, TrainerParts

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import Pipeline
-from pipeline.spec import json_schema, load_spec
+from pipeline.spec import json_schema
+from pipeline.spec_reader import load_spec
 from stages import DPO, SFT, Evaluate
 from stages.errors import SpecError
 

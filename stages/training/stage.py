@@ -11,8 +11,9 @@ from pydantic import Field, field_validator
 
 from stages.base import ArtifactKind, Stage, StageContext, StageResult
 from stages.data.chat import IGNORE, TrainOn, tokenizer_spec
+from stages.data.encode import Recipe, Task
 from stages.data.ledger import read_entries, write_entries
-from stages.data.prepare import Prepared, Recipe, Task, prepare
+from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 from stages.training.arguments import Full, Lora, TrainConfig

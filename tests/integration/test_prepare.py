@@ -13,8 +13,9 @@ import pytest
 
 from stages.data import source
 from stages.data.chat import IGNORE, tokenizer_spec
+from stages.data.encode import Recipe
 from stages.data.ledger import read_entries
-from stages.data.prepare import Recipe, prepare
+from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.errors import DataError
 from stages.training import feed as feed_module

@@ -208,3 +208,24 @@ def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path
     # and once more: nothing is left to train, the model stays
     stage.run(context)
     assert all(torch.equal(whole[name], tensor) for name, tensor in weights(folder).items())
+
+
+def test_two_workers_evaluate_to_the_same_figures(tmp_path: Path, model: str, data: Path) -> None:
+    """20 conversations and 37 pairs do not divide by two; every row counts once."""
+    config = {"models": [model], "data": [{"path": str(data / name)} for name in ("heldout.jsonl", "pairs.jsonl")]}
+    stage = KINDS["evaluate"].model_validate({"kind": "evaluate", "max_new_tokens": 6, "batch_size": 4, **config})
+    found = []
+    for workers in (1, 2):
+        work = tmp_path / str(workers)
+        work.mkdir()
+        context = StageContext(
+            "eval", work, tmp_path / "prepared", {"models": [Artifact("m", "model", model)]},
+            resources=Resources(workers=workers), local=workers == 1,
+        )  # fmt: skip
+        found.append(stage.run(context))
+    one, two = (result.metrics["m"] for result in found)
+    assert (one["answers"], one["pairs"], found[0].rows) == (20, 37, 57)
+    assert {k: v for k, v in one.items() if isinstance(v, float)} == pytest.approx(
+        {k: v for k, v in two.items() if isinstance(v, float)}, rel=1e-5
+    )
+    assert found[0].details["samples"] == found[1].details["samples"]

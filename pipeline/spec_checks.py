@@ -1,0 +1,350 @@
+"""Every mistake of a spec at once, each with its line, its path and the nearest right name. Starts nothing, reads the files."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.spec import BASE, Head, Spec
+from stages import KINDS, Init, Stage
+from stages.data.prepare import resolve_formats
+from stages.data.source import DataSource, find_files
+from stages.data.tokenizer import check_model_folder, read_chat_template
+from stages.errors import DataError, Problem, SpecError, nearest
+from stages.init import config_problems
+from stages.training.arguments import MANAGED
+from stages.training.deepspeed import PRESETS
+
+NAME = re.compile(r"[a-z][a-z0-9_-]*")
+RESERVED = {"logs", "report", "run", "spec"}
+
+
+def build_spec(
+    raw: dict[str, Any],
+    *,
+    folder: Path,
+    lines: Mapping[tuple[Any, ...], int] | None = None,
+    file: str | None = None,
+    default_name: str = "run",
+    problems: list[Problem] | None = None,
+) -> Spec:
+    """Check a spec given as plain data.
+
+    Raises:
+        SpecError: with every mistake, those in `problems` included.
+    """
+    return _Checker(raw, folder, lines or {}, file, default_name, problems if problems is not None else []).build()
+
+
+class _Checker:
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        folder: Path,
+        lines: Mapping[tuple[Any, ...], int],
+        file: str | None,
+        default_name: str,
+        problems: list[Problem],
+    ) -> None:
+        self.raw, self.folder, self.lines, self.file, self.problems = raw, folder, lines, file, problems
+        self.default_name = default_name
+
+    def build(self) -> Spec:
+        head = self._validate(Head, {k: v for k, v in self.raw.items() if k != "stages"}, ())
+        raw_stages = self._raw_stages(head)
+        stages = {name: self._stage(name, raw) for name, raw in raw_stages.items()}
+        self._references(raw_stages)
+        for name, stage in stages.items():
+            if stage is not None:
+                self._files(name, stage)
+            else:
+                self._unvalidated_files(name, raw_stages[name])
+        template = None
+        if isinstance(head, Head):
+            template = self._path(head.chat_template, only_files=True)
+            try:
+                read_chat_template(template)
+            except DataError as error:
+                self._problem(("chat_template",), str(error).removeprefix("chat_template: "))
+            if isinstance(head.model, str) and not head.model.startswith("stages."):
+                self._model(("model",), self._model_path(head.model))
+        if self.problems:
+            raise SpecError(sorted(self.problems, key=lambda p: p.line or 0), self.file)
+        assert isinstance(head, Head)
+        return Spec(
+            name=head.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.default_name),
+            model=self._model_path(head.model) if isinstance(head.model, str) else f"stages.{BASE}",
+            storage=str((self.folder / head.storage).resolve()),
+            seed=head.seed,
+            cluster=head.cluster,
+            chat_template=template,
+            stages={name: stage for name, stage in stages.items() if stage is not None},
+            file=self.file,
+        )
+
+    # -- the parts
+
+    def _raw_stages(self, head: Any) -> dict[str, Any]:
+        raw = self.raw.get("stages")
+        if not isinstance(raw, dict) or not raw:
+            self._problem(("stages",), "a mapping of at least one stage is wanted")
+            raw = {}
+        for name in raw:
+            if not NAME.fullmatch(name) or name in RESERVED:
+                self._problem(
+                    ("stages", name), "a stage's name is small letters, digits, - and _, and not a file of a run"
+                )
+        if isinstance(self.raw.get("model"), dict) and isinstance(self.raw["model"].get("init"), dict):
+            if BASE in raw:
+                self._problem(("stages", BASE), "this name is taken by `model: {init: ...}`")
+            init = dict(self.raw["model"]["init"])
+            init.setdefault("data", self._data_of_base(raw))
+            raw = {BASE: {"kind": "init", **init}, **raw}
+        return raw
+
+    def _data_of_base(self, raw: dict[str, Any]) -> list[Any]:
+        """What a fresh model's tokenizer is trained on where nothing is said: the data of the stages that start from it."""
+        users = [
+            s
+            for s in raw.values()
+            if isinstance(s, dict) and s.get("model") is None and isinstance(s.get("data"), list)
+        ]
+        return [source for stage in users for source in stage["data"] if isinstance(source, dict)]
+
+    def _stage(self, name: str, raw: Any) -> Stage | None:
+        given = self.raw.get("stages")
+        path = ("stages", name) if isinstance(given, dict) and name in given else ("model", "init")
+        if not isinstance(raw, dict):
+            self._problem(path, "a stage is a mapping with at least `kind`")
+            return None
+        kind = raw.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            what = "is missing" if kind is None else f"{kind!r} is not a kind of stage{nearest(str(kind), list(KINDS))}"
+            self._problem((*path, "kind") if kind is not None else path, f"kind {what}; kinds: {', '.join(KINDS)}")
+            return None
+        stage = self._validate(KINDS[kind], self._with_paths(raw), path)
+        if isinstance(stage, Init):
+            for key, message in config_problems(stage.config).items():
+                self._problem((*path, "config", key), message)
+        return stage  # type: ignore[return-value]
+
+    def _with_paths(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The stage with its paths made absolute."""
+        out = dict(raw)
+        if isinstance(out.get("data"), list):
+            out["data"] = [
+                {**d, "path": self._path(d["path"])} if isinstance(d, dict) and isinstance(d.get("path"), str) else d
+                for d in out["data"]
+            ]
+        if isinstance(out.get("model"), str):
+            out["model"] = self._model_path(out["model"])
+        if isinstance(out.get("models"), list):
+            out["models"] = [self._model_path(m) if isinstance(m, str) else m for m in out["models"]]
+        if isinstance(out.get("gates"), list):
+            out["gates"] = [
+                {k: self._model_path(v) if k in ("of", "over") and isinstance(v, str) else v for k, v in gate.items()}
+                if isinstance(gate, dict)
+                else gate
+                for gate in out["gates"]
+            ]
+        if isinstance(out.get("deepspeed"), str) and out["deepspeed"] not in PRESETS:
+            out["deepspeed"] = self._path(out["deepspeed"], only_files=True)
+        return out
+
+    def _path(self, value: str | None, only_files: bool = False) -> Any:
+        if value is None or "://" in value:
+            return value
+        target = self.folder / Path(value).expanduser()
+        return str(target) if not only_files or target.is_file() else value
+
+    def _model_path(self, value: str) -> str:
+        """A model is a reference, a folder (relative to the spec) or else a hub id."""
+        if value.startswith("stages.") or "://" in value:
+            return value
+        target = self.folder / Path(value).expanduser()
+        return str(target) if value.startswith((".", "/", "~")) or target.exists() else value
+
+    def _references(self, raw_stages: dict[str, Any]) -> None:
+        graph: dict[str, list[str]] = {}
+        for name, raw in raw_stages.items():
+            cls = KINDS.get(str(raw.get("kind"))) if isinstance(raw, dict) else None
+            graph[name] = []
+            if cls is not None and isinstance(raw.get("gates"), list):
+                self._gates(name, raw)
+            for field, wanted in (cls.accepts if cls else {}).items():
+                value = raw.get(field)
+                for i, ref in enumerate(value if isinstance(value, list) else [value]):
+                    path = ("stages", name, field, i) if isinstance(value, list) else ("stages", name, field)
+                    if not isinstance(ref, str):
+                        continue
+                    if ref in raw_stages and not ref.startswith("stages."):
+                        self._problem(path, f"write stages.{ref} to use what the stage {ref!r} makes")
+                    if not ref.startswith("stages."):
+                        continue
+                    target = ref.removeprefix("stages.")
+                    if target not in raw_stages:
+                        self._problem(path, f"there is no stage {target!r}{nearest(target, list(raw_stages))}")
+                        continue
+                    graph[name].append(target)
+                    made = (
+                        KINDS.get(str(raw_stages[target].get("kind"))) if isinstance(raw_stages[target], dict) else None
+                    )
+                    if made is not None and made.produces not in wanted:
+                        self._problem(path, f"{ref} makes a {made.produces}; wanted here: {' or '.join(wanted)}")
+        for cycle in _cycles(graph):
+            self._problem(("stages", cycle[0]), f"the stages go round in a circle: {' -> '.join([*cycle, cycle[0]])}")
+
+    def _gates(self, name: str, raw: dict[str, Any]) -> None:
+        models = [m for m in raw.get("models") or [] if isinstance(m, str)]
+        for i, gate in enumerate(raw["gates"]):
+            for field in ("of", "over"):
+                model = gate.get(field) if isinstance(gate, dict) else None
+                if isinstance(model, str) and model not in models:
+                    what = f"{model} is not among `models`{nearest(model, models)}"
+                    self._problem(("stages", name, "gates", i, field), what)
+
+    def _unvalidated_files(self, name: str, raw: Any) -> None:
+        """The data of a stage that has other mistakes: missing files are told with them."""
+        data = raw.get("data") if isinstance(raw, dict) else None
+        for i, source in enumerate(data if isinstance(data, list) else []):
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                try:
+                    find_files(str(self._path(source["path"])))
+                except DataError as error:
+                    self._problem(("stages", name, "data", i), str(error))
+
+    def _files(self, name: str, stage: Stage) -> None:
+        """Everything a stage names is there and can be read, before anything is started."""
+        sources: list[DataSource] = stage.sources()
+        for i, source in enumerate(sources):
+            try:
+                format = resolve_formats([source])[0]
+            except DataError as error:
+                if stage.kind != "init":  # the data of a fresh model's tokenizer is that of its users
+                    self._problem(("stages", name, "data", i), str(error))
+                continue
+            pairs_wanted = getattr(stage, "task", None)
+            if pairs_wanted and (format == "preference") != (pairs_wanted == "preference"):
+                wanted = "preference pairs" if pairs_wanted == "preference" else "conversations or text"
+                self._problem(
+                    ("stages", name, "data", i), f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}"
+                )
+        for field, refs in stage.references().items():
+            for ref in refs:
+                if not ref.startswith("stages."):
+                    self._model(("stages", name, field), ref)
+
+    def _model(self, path: tuple[Any, ...], model: str) -> None:
+        try:
+            check_model_folder(model)
+        except DataError as error:
+            self._problem(path, str(error))
+
+    # -- telling
+
+    def _problem(self, path: tuple[Any, ...], message: str) -> None:
+        if not any(known.path == dotted(path) for known in self.problems):  # the first is the cause of what follows
+            self.problems.append(Problem(dotted(path), message, line_of(path, self.lines)))
+
+    def _validate(self, cls: type[BaseModel], raw: Any, path: tuple[Any, ...]) -> BaseModel | None:
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            told: set[tuple[Any, ...]] = set()
+            for e in error.errors():
+                where = _existing(raw, e["loc"])
+                if where in told and e["type"] != "extra_forbidden":
+                    continue  # the members of a union each complain of the same value
+                told.add(where)
+                self._problem((*path, *where), _message(cls, dict(e), where))
+            return None
+
+
+def _existing(raw: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pydantic's location without what is not in the data: tags of unions, names of their members."""
+    out: list[Any] = []
+    node = raw
+    for i, part in enumerate(loc):
+        if isinstance(node, dict) and (part in node or i == len(loc) - 1):
+            out.append(part)
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            out.append(part)
+            node = node[part]
+    return tuple(out)
+
+
+def _message(cls: type[BaseModel], error: dict[str, Any], where: tuple[Any, ...]) -> str:
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden" and "train" in where[:-1] and where[-1] in MANAGED:
+        return MANAGED[where[-1]]
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(str(where[-1]), _fields_at(cls, error['loc'][:-1]))}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    shown = f"{value!r}" if isinstance(value, str | int | float | bool | type(None)) else f"a {type(value).__name__}"
+    return f"{error['msg'].removeprefix('Input ')}, not {shown}"
+
+
+def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
+    """Names that may stand at a location of a model."""
+    for part in loc:
+        models = _models_in(cls)
+        found = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]
+        if found:
+            cls = typing.Union[tuple(found)]  # noqa: UP007 - built at run time
+        elif isinstance(part, str):  # a union's tag
+            tagged = [
+                m
+                for m in models
+                if part in {getattr(m.model_fields.get("method"), "default", None), m.__name__.lower()}
+            ]
+            cls = tagged[0] if tagged else cls
+    return [name for m in _models_in(cls) for name in m.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+
+
+def dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def line_of(path: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int]) -> int | None:
+    """The line of a path, or of the nearest thing around it."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in lines:
+            return lines[path[:end]]
+    return None
+
+
+def _cycles(graph: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Circles of a graph, each told once."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> None:
+        if node in trail:
+            circle = trail[trail.index(node) :]
+            if not any(set(circle) == set(other) for other in found):
+                found.append(circle)
+            return
+        if node in done:
+            return
+        for target in graph.get(node, ()):
+            visit(target, [*trail, node])
+        done.add(node)
+
+    for start in graph:
+        visit(start, [])
+    return found
