@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import sys
@@ -38,6 +39,8 @@ def submit_spec(spec: Path, address: str, overrides: Sequence[str], env: Sequenc
     missing = [name for name in env if name not in os.environ]
     if missing:
         raise SpecError([Problem("--env", f"not set: {', '.join(missing)}")])
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it names every file it packs
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     entrypoint = shlex.join(
@@ -55,9 +58,13 @@ def submit_spec(spec: Path, address: str, overrides: Sequence[str], env: Sequenc
                 "env_vars": {name: os.environ[name] for name in env},
             },
         )
+    except AuthenticationError as error:
+        what = (
+            "the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (on its head, `ray get-auth-token`)"
+        )
+        raise RaylignError(f"{address}: {what}") from error
     except (ConnectionError, RuntimeError) as error:
-        hint = "; the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "401" in str(error) else ""
-        raise RaylignError(f"{address}: {str(error).splitlines()[0]}{hint}") from error
+        raise RaylignError(f"{address}: {str(error).splitlines()[0]}") from error
     print(f"job {job} on {address}", flush=True)
     asyncio.run(_follow(client, job))
     status = client.get_job_status(job)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -235,19 +238,30 @@ def test_submit_runs_the_spec_as_a_job_on_a_real_head(tmp_path: Path, data: Path
         f"name: job\nmodel: {model}\nstorage: {tmp_path}/runs\nstages:\n  sft: {{kind: sft, data: [{{path: {data}/chats.jsonl}}], "
         "train: {max_steps: 3, logging_steps: 1, max_length: 128}}\n"
     )
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    head = [*ray, "start", "--head", "--port=16379", "--dashboard-port=18265", "--num-cpus=2", "--disable-usage-stats"]
-    started = subprocess.run(head, env=env, capture_output=True, text=True, timeout=120)
-    assert started.returncode == 0, started.stdout + started.stderr
+    unset = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    bare = {k: v for k, v in os.environ.items() if k not in unset} | {
+        "HOME": str(tmp_path)
+    }  # no token of the user's own
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the entry point is `python`
+    env = bare | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": python}
+    head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=6399"]
+    head += ["--dashboard-port=8299", "--num-cpus=2", "--disable-usage-stats"]
+    command = [sys.executable, "-m", "pipeline", "submit", spec.name, "--address", "http://127.0.0.1:8299"]
+    log = (tmp_path / "head.log").open("w")
+    started = subprocess.Popen(head, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline", "submit", spec.name, "--address", "http://127.0.0.1:18265"],
-            cwd=clone, env=env, capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 8299), timeout=1):
+                break
+            time.sleep(0.5)
+        refused = subprocess.run(command, cwd=clone, env=bare, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1 and "the cluster wants a token" in refused.stderr, refused.stderr
+        done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout and "run folder:" in done.stdout
         assert (tmp_path / "runs" / "job" / "sft" / "model" / "model.safetensors").is_file()
     finally:
         spec.unlink()
-        subprocess.run([*ray, "stop", "--force"], env=env, capture_output=True, timeout=60)
+        started.terminate()  # with --block the head ends what it started; `ray stop` would end every Ray of this machine
+        started.wait(60)
