@@ -106,6 +106,9 @@ def launch(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
         ),
     )
+    # Ray would refuse to go on where one of the checkpoints it remembers has been pruned since. What a stage goes on from are
+    # its own checkpoints (stages/training/trainer.py), so Ray may forget.
+    (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:

@@ -80,6 +80,7 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         work=ctx.work,
         groups=data.row_groups(),
         arguments=arguments,
+        reward=stage.produces == "reward model",
         lora=stage.lora(),
         deepspeed=deepspeed_config(stage.deepspeed),
         chat_template=ctx.chat_template,

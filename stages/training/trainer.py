@@ -35,6 +35,7 @@ class TrainJob:
     work: Path
     groups: list[Group]
     arguments: dict[str, Any]  # of `train:`, as given
+    reward: bool = False  # a score head instead of a language model's
     lora: dict[str, Any] | None = None  # of `tuning:`, for peft's LoraConfig
     deepspeed: dict[str, Any] | None = None
     chat_template: str | None = None
@@ -199,9 +200,7 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
     if job.lora is not None:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(
-            task_type="SEQ_CLS" if "score" in job.lora.get("modules_to_save", []) else "CAUSAL_LM", **job.lora
-        )
+        peft_config = LoraConfig(task_type="SEQ_CLS" if job.reward else "CAUSAL_LM", **job.lora)
     placeholder = datasets.Dataset.from_list([PLACEHOLDERS[job.task]])
     parts = TrainerParts(job, load_tokenizer(job.model, job.chat_template), placeholder, peft_config, on_cpu)
     trainer = build(parts)
@@ -260,18 +259,8 @@ def _save(trainer: Any, job: TrainJob, rank: int) -> None:
     if rank != 0:
         return
     if job.lora is not None:
-        merge_adapter(
-            job.model, job.work / "adapter", target, reward=job.task == "preference" and is_reward(trainer.model)
-        )
+        merge_adapter(job.model, job.work / "adapter", target, reward=job.reward)
     finish_export(target, job.model, trainer.processing_class, job.stop_ids)
-
-
-def is_reward(model: Any) -> bool:
-    return (
-        hasattr(model, "score")
-        or hasattr(getattr(model, "base_model", None), "score")
-        or "score" in dict(getattr(getattr(model, "base_model", model), "model", model).named_children())
-    )
 
 
 def merge_adapter(base: str, adapter: Path, target: Path, *, reward: bool) -> None:

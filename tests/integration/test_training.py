@@ -170,44 +170,52 @@ def test_a_lora_reward_model_keeps_its_score_head_under_zero3(tmp_path: Path, mo
         assert torch.allclose(made.eval()(input_ids=ids).logits, kept.eval()(input_ids=ids).logits, atol=1e-5)
 
 
-def test_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path, model: str, data: Path) -> None:
-    """Interrupted after step 9 of 13 (its checkpoint is of step 6), then run again: bit for bit the undisturbed model."""
-    config = {"train": train(8, save_steps=6)}
-    run(tmp_path / "whole", model, "sft", data / "chats.jsonl", **config)
+def stopped_at_step_11(job: dict[str, Any]) -> Any:
+    """The worker's own function, with an accident on the way."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 11:
+                raise RuntimeError("an accident")
+
+    def build(parts: Any) -> Any:
+        made = job["build"](parts)
+        made.add_callback(Stop())
+        return made
+
+    return trainer_module.train_on_worker(job | {"build": build})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_goes_on_from_its_checkpoint_to_the_same_weights(
+    tmp_path: Path, model: str, data: Path, workers: int
+) -> None:
+    """Interrupted after step 11 of 13 (checkpoints of 3, pruned, 6 and 9), then run again: bit for bit the undisturbed model."""
+    config = {"train": train(8 // workers, save_steps=3)}
+    run(tmp_path / "whole", model, "sft", data / "chats.jsonl", workers, **config)
 
     folder = tmp_path / "cut"
     folder.mkdir()
     stage = KINDS["sft"].model_validate({"kind": "sft", "data": [{"path": str(data / "chats.jsonl")}], **config})
-    context = StageContext("stage", folder, tmp_path / "prepared", {"model": [Artifact("base", "model", model)]})
-
-    def interrupted(job: dict[str, Any]) -> Any:
-        from transformers import TrainerCallback
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == 9:
-                    raise KeyboardInterrupt
-
-        def build(parts: Any) -> Any:
-            made = job["build"](parts)
-            made.add_callback(Stop())
-            return made
-
-        return trainer_module.train_on_worker(job | {"build": build})
-
+    context = StageContext(
+        "stage", folder, tmp_path / "prepared", {"model": [Artifact("base", "model", model)]},
+        resources=Resources(workers=workers), local=workers == 1,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_stage, "train_on_worker", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_stage, "train_on_worker", stopped_at_step_11)
+        with pytest.raises(RuntimeError, match="an accident"):
             stage.run(context)
+    assert sorted(p.name for p in (folder / "checkpoints").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
     result = stage.run(context)
     assert result.steps == 13
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
     assert steps == list(range(1, 14))
     whole, resumed = weights(tmp_path / "whole"), weights(folder)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    # and once more: nothing is left to train, the model stays
-    stage.run(context)
-    assert all(torch.equal(whole[name], tensor) for name, tensor in weights(folder).items())
+    if workers == 1:  # and once more: nothing is left to train, the model stays
+        stage.run(context)
+        assert all(torch.equal(whole[name], tensor) for name, tensor in weights(folder).items())
 
 
 def test_two_workers_evaluate_to_the_same_figures(tmp_path: Path, model: str, data: Path) -> None:
