@@ -154,7 +154,8 @@ def evaluate_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     for part, _ in parts:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
-    return {"metrics": metrics_from(total, artifact), "samples": [s for _, found in parts for s in found]}
+    merged = sorted((s for _, found in parts for s in found), key=lambda s: (s["source"], s["row"]))
+    return {"metrics": metrics_from(total, artifact), "samples": merged}
 
 
 def metrics_from(sums: dict[str, float], artifact: Artifact) -> dict[str, Any]:
