@@ -35,7 +35,13 @@ def run_plan(plan: Plan, quiet: bool = False) -> None:
         StageError: a stage failed. The others that could still run have run, and what they made is published.
     """
     with plan.folder.lock(), Terminal(quiet) as terminal:
-        _Run(plan, terminal).carry_out()
+        run = _Run(plan, terminal)
+        try:
+            run.carry_out()
+        except OSError as error:  # a full disk, say
+            if not run.state:
+                raise  # nothing was started
+            raise StageError(f"{error}; what was done stays, run the same command again to go on") from error
 
 
 class RayCluster:

@@ -208,25 +208,33 @@ class _Checker:
                     what = f"{model} is not among `models`{nearest(model, models)}"
                     self._problem(("stages", name, "gates", i, field), what)
 
+    def _data_place(self, name: str) -> tuple[str, ...]:
+        """Where the data of a stage stands in the spec; nothing where it is that of others, and looked at there."""
+        if name in (self.raw.get("stages") or {}):
+            return ("stages", name, "data")
+        # the stage that `model: {init: ...}` stands for: by default its data is that of the stages that use it
+        return ("model", "init", "data") if "data" in self.raw["model"]["init"] else ()
+
     def _unvalidated_files(self, name: str, raw: Any) -> None:
         """The data of a stage that has other mistakes: missing files are told with them."""
-        data = raw.get("data") if isinstance(raw, dict) else None
+        place = self._data_place(name)
+        data = raw.get("data") if isinstance(raw, dict) and place else None
         for i, source in enumerate(data if isinstance(data, list) else []):
             if isinstance(source, dict) and isinstance(source.get("path"), str):
                 try:
                     find_files(str(self._path(source["path"])))
                 except DataError as error:
-                    self._problem(("stages", name, "data", i), str(error))
+                    self._problem((*place, i), str(error))
 
     def _files(self, name: str, stage: Stage) -> None:
         """Everything a stage names is there and can be read, before anything is started."""
         sources: list[DataSource] = stage.sources()
-        for i, source in enumerate(sources):
+        place = self._data_place(name)
+        for i, source in enumerate(sources if place else []):
             try:
                 format = resolve_formats([source])[0]
             except DataError as error:
-                if stage.kind != "init":  # the data of a fresh model's tokenizer is that of its users
-                    self._problem(("stages", name, "data", i), str(error))
+                self._problem((*place, i), str(error))
                 continue
             pairs_wanted = getattr(stage, "task", None)
             if pairs_wanted and (format == "preference") != (pairs_wanted == "preference"):

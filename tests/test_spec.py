@@ -152,6 +152,16 @@ def test_gates_name_models_that_are_evaluated(spec: Path) -> None:
     assert "should be 'loss'" in found["stages.eval.gates.1.metric"][1]
 
 
+def test_the_data_of_a_fresh_models_tokenizer_is_looked_at(tmp_path: Path, data: Path) -> None:
+    text = "model: {init: {config: {}, data: [{path: gone.jsonl}]}}\nstages:\n  sft: {kind: sft, data: [{path: %s/chats.jsonl}]}\n"
+    (tmp_path / "s.yaml").write_text(text % data)
+    assert "no such file" in problems(tmp_path / "s.yaml")["model.init.data.0"][1]
+    (tmp_path / "s.yaml").write_text(
+        "model: {init: {config: {}}}\nstages:\n  sft: {kind: sft, data: [{path: gone.jsonl}]}\n"
+    )
+    assert list(problems(tmp_path / "s.yaml")) == ["stages.sft.data.0"]  # told once, where it stands
+
+
 def test_the_config_of_a_fresh_model_is_checked(tmp_path: Path, data: Path) -> None:
     text = "model: {init: {config: {model_type: %s, hidden_sze: 16}}}\nstages:\n  sft: {kind: sft, data: [{path: %s/chats.jsonl}]}\n"
     (tmp_path / "s.yaml").write_text(text % ("llama", data))
@@ -202,6 +212,7 @@ def test_environment(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("stages: [", "not YAML"),
         ("model: {init: {}}\nstages:\n", "at least one stage"),
+        ("model: {init: {config: {}}}\nstages:\n", "at least one stage"),
         ("model: m\nstages: {a: {kind: [sft]}}\n", "is not a kind"),
         ("- a\n", "a spec is a mapping"),
         ("model: m\n", "at least one stage"),
