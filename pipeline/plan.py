@@ -25,6 +25,7 @@ State = Literal["cached", "resume", "run"]
 # Config that cannot change what a stage makes.
 NOT_IN_FINGERPRINT = {
     "data", "model", "models", "deepspeed", "gates", "logging_steps", "save_steps", "save_total_limit", "report_to",
+    "max_dropped",
 }  # fmt: skip
 
 
@@ -186,8 +187,9 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
     tokens, steps = (manifest["tokens"], manifest["steps"]) if manifest else (None, None)
     why = planned.why
     if manifest is None and stage.sources() and stage.kind != "init":
-        rows = sum(count_rows(source) for source in stage.sources())
-        if isinstance(stage, TrainStage):
+        counts = [count_rows(source) for source in stage.sources()]
+        rows = None if None in counts else sum(count for count in counts if count is not None)
+        if isinstance(stage, TrainStage) and rows is not None:
             steps = planned_steps(stage, rows, resources.workers)
     memory = training_memory(plan, planned) if isinstance(stage, TrainStage) else None
     lacks = lacking(resources, available)

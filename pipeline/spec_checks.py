@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.spec import BASE, Head, Spec
 from stages import KINDS, Init, Stage
-from stages.data.prepare import resolve_formats
-from stages.data.source import DataSource, find_files
+from stages.data.hub import SCHEME
+from stages.data.records import RECORD_OF, Conversation, Labelled, Preference, Prompt, Text, Tokens
+from stages.data.source import DataSource, find_files, resolve_formats
 from stages.data.tokenizer import check_model_folder, read_chat_template
 from stages.errors import DataError, Problem, SpecError, nearest
 from stages.init import config_problems
@@ -22,6 +23,13 @@ from stages.training.deepspeed import PRESETS
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 RESERVED = {"logs", "report", "run", "spec"}
+# a stage's task -> the records it takes, and what they are called
+WANTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "conversation": ((Conversation, Text, Tokens), "conversations or text"),
+    "preference": ((Preference,), "preference pairs"),
+    "labelled": ((Labelled,), "answers with a label"),
+    "prompt": ((Prompt,), "prompts"),
+}
 
 
 def build_spec(
@@ -138,7 +146,9 @@ class _Checker:
         out = dict(raw)
         if isinstance(out.get("data"), list):
             out["data"] = [
-                {**d, "path": self._path(d["path"])} if isinstance(d, dict) and isinstance(d.get("path"), str) else d
+                {**d, "path": self._data_path(d["path"])}
+                if isinstance(d, dict) and isinstance(d.get("path"), str)
+                else d
                 for d in out["data"]
             ]
         if isinstance(out.get("model"), str):
@@ -161,6 +171,11 @@ class _Checker:
             return value
         target = self.folder / Path(value).expanduser()
         return str(target) if not only_files or target.is_file() else value
+
+    def _data_path(self, value: str) -> str:
+        """As other paths; the dataset of hf:// may be a folder."""
+        folder = self.folder / Path(value.removeprefix(SCHEME)).expanduser()
+        return f"{SCHEME}{folder}" if value.startswith(SCHEME) and folder.is_dir() else str(self._path(value))
 
     def _model_path(self, value: str) -> str:
         """A model is a reference, a folder (relative to the spec) or else a hub id."""
@@ -220,9 +235,10 @@ class _Checker:
         place = self._data_place(name)
         data = raw.get("data") if isinstance(raw, dict) and place else None
         for i, source in enumerate(data if isinstance(data, list) else []):
-            if isinstance(source, dict) and isinstance(source.get("path"), str):
+            path = source.get("path") if isinstance(source, dict) else None
+            if isinstance(path, str) and not path.startswith(SCHEME):  # a dataset's other options may be what is wrong
                 try:
-                    find_files(str(self._path(source["path"])))
+                    find_files(DataSource(path=self._data_path(path)))
                 except DataError as error:
                     self._problem((*place, i), str(error))
 
@@ -236,12 +252,11 @@ class _Checker:
             except DataError as error:
                 self._problem((*place, i), str(error))
                 continue
-            pairs_wanted = getattr(stage, "task", None)
-            if pairs_wanted and (format == "preference") != (pairs_wanted == "preference"):
-                wanted = "preference pairs" if pairs_wanted == "preference" else "conversations or text"
-                self._problem(
-                    ("stages", name, "data", i), f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}"
-                )
+            records, wanted = WANTED.get(getattr(stage, "task", ""), (None, ""))
+            if records is not None and RECORD_OF[format] not in records:
+                hint = "; if their answers are in another column, name it: `columns: {completion: ...}`"
+                what = f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}"
+                self._problem((*place, i), what + hint * (format == "prompt"))
         for field, refs in stage.references().items():
             for ref in refs:
                 if not ref.startswith("stages."):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stages.data.prepare import resolve_formats
-from stages.data.source import DataSource
+from stages.data.records import RECORD_OF, Conversation, Preference, Text, Tokens
+from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem, SpecError
 
@@ -79,9 +79,11 @@ def _sources(paths: list[str], wanted: str) -> list[tuple[str, str]]:
     found = []
     for path in paths:
         format = resolve_formats([DataSource(path=path)])[0]
-        if (format == "preference") != (wanted == "preference pairs"):
+        if not issubclass(
+            RECORD_OF[format], Preference if wanted == "preference pairs" else Conversation | Text | Tokens
+        ):
             raise DataError(f"{path}: these rows are {format}, {wanted} are wanted here")
-        found.append((str(Path(path).resolve()), format))
+        found.append((path if "://" in path else str(Path(path).resolve()), format))
     return found
 
 

@@ -7,9 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 ArtifactKind = Literal["model", "reward model", "metrics"]
 
@@ -26,6 +26,19 @@ class Resources(Config):
     workers: int = Field(default=1, ge=1, description="Training workers (processes) of a stage.")
     gpus_per_worker: int = Field(default=0, ge=0, description="GPUs each worker gets; 0 trains on the CPU.")
     cpus_per_worker: int = Field(default=1, ge=1, description="CPUs each worker gets.")
+
+
+def _share(value: Any) -> Any:
+    """`1%` as 0.01."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return float(value) if type(value) is int else value
+
+
+Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.base import Artifact, ArtifactKind, Config, Stage, StageContext, StageResult
+from stages.base import Artifact, ArtifactKind, Config, Share, Stage, StageContext, StageResult
 from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
-from stages.data.ledger import read_entries, summary, write_entries
-from stages.data.prepare import Prepared, prepare, resolve_formats
-from stages.data.source import DataSource
+from stages.data.ledger import check_lost, read_entries, summary, write_entries
+from stages.data.prepare import Prepared, prepare
+from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import load_tokenizer
 from stages.training.launch import launch, quiet_ray, worker_rank
 
@@ -52,6 +52,7 @@ class Evaluate(Stage):
         default=None, ge=0, description="Sample only the first rows; all with an expected answer if absent."
     )
     shown: int = Field(default=8, ge=0, description="Samples kept for the report, side by side.")
+    max_dropped: Share = Field(default=0.01, description="Rows that may be lost before the run is stopped.")
     gates: list[Gate] = Field(default_factory=list)
     workers: int | None = Field(default=None, ge=1)
 
@@ -76,6 +77,8 @@ class Evaluate(Stage):
                 for task, sources in tasks
                 if sources and not (task == "evaluation" and artifact.kind == "reward model")
             }
+            for data in prepared.values():
+                check_lost(data.manifest["ledger"], self.max_dropped)
             used |= {str(data.path): data for data in prepared.values()}
             job = {
                 "stage": self.model_dump(),

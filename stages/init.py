@@ -11,9 +11,8 @@ from pydantic import Field
 
 from stages.base import Config, Stage, StageContext, StageResult
 from stages.data.chat import CHATML, ChatEncoder, TokenizerSpec
-from stages.data.prepare import resolve_formats
-from stages.data.records import Conversation, Record, Rejected, Text, normalise, rename
-from stages.data.source import BadRow, DataSource, chunks, find_files, read_chunk
+from stages.data.records import Conversation, Labelled, Preference, Prompt, Record, Rejected, Text, normalise
+from stages.data.source import BadRow, DataSource, find_files, read_file, resolve_formats, shaped
 from stages.errors import nearest
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -101,24 +100,31 @@ def train_tokenizer(sources: Sequence[DataSource], vocab_size: int, chat_templat
 
 
 def texts(sources: Sequence[DataSource], encoder: ChatEncoder) -> Iterator[str]:
-    """The data as the model will see it, without the control tokens; rows that cannot be used are left to the stages."""
+    """The data as the model will see it, without the control tokens; rows that cannot be used are left to the stages.
+
+    Rows of tokens are those of another tokenizer, and have no text.
+    """
     control = re.compile("|".join(re.escape(token) for token in encoder.control))
     for record in records(sources):
-        if isinstance(record, Text):
-            yield record.text
-        elif isinstance(record, Conversation):
-            yield from control.split(encoder.render(record.messages))
-        else:
-            yield from control.split(encoder.render([*record.prompt, record.chosen]))
-            yield str(record.rejected["content"])
+        match record:
+            case Text():
+                yield record.text
+            case Conversation():
+                yield from control.split(encoder.render(record.messages, record.tools))
+            case Preference():
+                yield from control.split(encoder.render([*record.prompt, record.chosen], record.tools))
+                yield str(record.rejected["content"])
+            case Labelled():
+                yield from control.split(encoder.render([*record.prompt, record.completion], record.tools))
+            case Prompt():
+                yield from control.split(encoder.render(record.prompt, record.tools))
 
 
 def records(sources: Sequence[DataSource]) -> Iterator[Record]:
     """Every row of the data that is a record."""
     for source, format in zip(sources, resolve_formats(sources), strict=True):
-        for file in find_files(source.path):
-            for chunk in chunks(0, file):
-                for _, row in read_chunk(chunk):
-                    if not isinstance(row, BadRow):
-                        with suppress(Rejected):
-                            yield normalise(rename(row, source.columns), format)
+        for file in find_files(source):
+            for _, row in read_file(file):
+                if not isinstance(row, BadRow):
+                    with suppress(Rejected):
+                        yield normalise(shaped(row, source), format)

@@ -108,7 +108,7 @@ def test_row_weights_make_a_mean_of_micro_batches_the_mean_of_rows(tmp_path: Pat
     loaders = [
         FeedLoader(
             Feed(groups, rank=r, shares=shares, steps=shares.steps(31), seed=0),
-            lambda rows: {"mean": sum(x["row"] for x in rows) / len(rows), "rows": rows},
+            lambda rows: {"mean": sum(x["row"] for x in rows) / len(rows), "seen": rows},
             {"row": 10**6},
         )
         for r in range(shares.workers)
@@ -116,5 +116,5 @@ def test_row_weights_make_a_mean_of_micro_batches_the_mean_of_rows(tmp_path: Pat
     batches = [list(loader) for loader in loaders]
     for step in range(shares.steps(31)):
         micro = [b for worker in batches for b in worker[step * shares.accumulation : (step + 1) * shares.accumulation]]
-        rows = [x["row"] for b in micro for x in b["rows"] if x["row"] < 10**6]
+        rows = [x["row"] for b in micro for x in b["seen"] if x["row"] < 10**6]
         assert sum(b["mean"] * b["row_weight"] for b in micro) / len(micro) == pytest.approx(sum(rows) / len(rows))

@@ -137,10 +137,10 @@ def test_data_and_models_are_looked_at_before_anything_starts(spec: Path, data: 
 
 
 def test_what_the_pipeline_decides_is_refused_with_the_place_to_say_it(spec: Path) -> None:
-    spec.write_text(spec.read_text().replace("max_steps: 5", "output_dir: /tmp/x, packing: true, max_stps: 1"))
+    spec.write_text(spec.read_text().replace("max_steps: 5", "output_dir: /tmp/x, padding_free: true, max_stps: 1"))
     assert problems(spec) == {
         "stages.sft.train.output_dir": (7, "the run folder decides where a stage writes"),
-        "stages.sft.train.packing": (7, "packing is not built yet"),
+        "stages.sft.train.padding_free": (7, "use `packing: true`"),
         "stages.sft.train.max_stps": (7, "unknown key; did you mean max_steps?"),
     }
 
@@ -236,4 +236,4 @@ def test_the_schema_knows_the_trainers_own_fields() -> None:
     assert all(
         name in text for name in ("learning_rate", "center_rewards_coefficient", "lora_alpha", "train_on", "at_least")
     )
-    assert '"packing"' not in text
+    assert '"padding_free"' not in text

@@ -1,50 +1,73 @@
-"""Which tokens are the assistant's: render a conversation with the model's chat template and mask it, verified.
+"""Which tokens are trained: a conversation rendered with the model's chat template, masked, and tokenised once.
 
-For each assistant turn i of a conversation rendered as F: the prompt P_i (everything before the turn, and the generation
-prompt) and R_i (everything up to its end) must both be prefixes of F. The trained span then runs from the end of P_i, so
-the header is out, to the turn's stop token, and must hold the content. F is tokenised once, and a token is trained where it
-lies wholly inside a span. A template for which any of this does not hold is refused with a reason, never guessed at.
+What is trained of an assistant turn is what the model has to write there: its content as the template renders it (reasoning
+and tool calls included) and its stop token, never the header and never the white space after the stop token. Where that
+stands is derived from the template (spans.py), right or refused with a reason, never guessed at.
+
+Deriving costs a dozen renderings, so it is done once for each *shape* of conversation (the roles of its messages) on a
+probe, which gives a layout: the texts between the contents, and which of them are trained. A conversation whose one rendering
+equals its layout filled with its contents has its spans from there. One that does not (tool calls, reasoning, a
+template that looks into contents) is derived itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import datetime
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer
 
+from stages.data.lengths import TokenRange, token_lengths, token_ranges
 from stages.data.records import Message
+from stages.data.spans import THINK, WARNINGS, Refused, SpanFinder
+from stages.data.template import ChatTemplate, MarksMoved, Tools
 
 IGNORE = -100  # the label of a token that is not trained, as torch's cross-entropy has it
 TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
+History = Literal["refuse", "per_turn", "last_turn"]
+ControlTokens = Literal["text", "refuse", "allow"]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BUILT_IN = {"chatml": CHATML}
+SHAPES = 4096  # layouts that are kept
+BATCH = 256  # conversations that are rendered while the ones before them are being tokenised
+
+__all__ = [
+    "BUILT_IN",
+    "CHATML",
+    "IGNORE",
+    "WARNINGS",
+    "ChatEncoder",
+    "Encoded",
+    "Refused",
+    "TokenizerSpec",
+    "tokenizer_spec",
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
-    """A conversation as the model sees it. `spans` are (message index, start, end) in characters of `text`."""
+    """A conversation as the model sees it. `spans` are (message index, start, end) in characters of `text`: what is trained."""
 
     text: str
     input_ids: list[int]
     labels: list[int]  # IGNORE where untrained
     spans: list[tuple[int, int, int]]
+    weights: list[float] | None = None  # of each token's loss, where any is not 1
+    conversation: int = 0  # which of the batch this is of
+    warnings: frozenset[str] = frozenset()  # keys of WARNINGS
 
     @property
     def trained(self) -> int:
-        return sum(label != IGNORE for label in self.labels)
-
-
-@dataclass(frozen=True)
-class Refused:
-    reason: str  # short and stable
-    detail: str
+        return len(self.labels) - self.labels.count(IGNORE)
 
 
 @dataclass(frozen=True)
@@ -61,19 +84,56 @@ class TokenizerSpec:
 
 
 @lru_cache(maxsize=8)
-def load_tokenizer_json(json: str) -> Tokenizer:
+def load_tokenizer_json(json: str, control_as_text: bool = False) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json)
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = control_as_text
     return tokenizer
 
 
-@lru_cache(maxsize=32)
-def compile_template(template: str) -> Callable[..., str]:
-    """The template's render function in the very environment that transformers renders it in."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A shape's text: `between[0] content between[1] content ...`, the contents in order, each stripped as `strip` says."""
 
-    return _compile_jinja_template(template).render
+    between: list[str]
+    strip: list[str]  # of each content: a method of str, or ""
+    turns: list[tuple[int, int, int]]  # (message, characters of the text before its content, characters after it)
+    warnings: frozenset[str]
+    rewritten: bool
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether spans of the probe are those of these messages, should the text be.
+
+        Where the generation prompt opens something that the probe had not ("<think>"), an answer may begin with just that.
+        """
+        opens = "prompt_differs" in self.warnings
+        return not (
+            opens and any(m["content"].lstrip().startswith(("<", "[")) for m in messages if m["role"] == "assistant")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """A conversation's text, its assistant turns (message, start, end), and where its contents stand."""
+
+    text: str
+    turns: list[tuple[int, int, int]]
+    contents: list[tuple[int, int]]
+    warnings: frozenset[str]
+    rewritten: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A text to be tokenised."""
+
+    conversation: int
+    text: str
+    turns: list[tuple[int, int, int]]
+    contents: list[tuple[int, int]]  # where no control token may come to be
+    weights: dict[int, float]  # of messages, where not 1
+    warnings: frozenset[str]
 
 
 class ChatEncoder:
@@ -81,120 +141,410 @@ class ChatEncoder:
 
     Args:
         tokenizer: a `TokenizerSpec`, or a fast transformers tokenizer.
-        train_on: `assistant` trains every assistant turn and its stop token, `last_assistant` and `completion` only the
-            last one, `all` every token (plain language modelling).
+        train_on: `assistant` trains every assistant turn and its stop token, `last_assistant` the last of them,
+            `completion` those after the last user message, `all` every token (plain language modelling). A message with
+            `train: false` is left out, one with `weight: 0.3` counts as much.
+        history: what to do where the template renders an earlier turn differently from how the model wrote it (drops its
+            reasoning): `refuse` it where something is lost, train `per_turn` (one example for each assistant turn, after
+            exactly the text it is generated from), or train the `last_turn` only.
+        stop_token: what ends an answer, for templates that write nothing there.
+        control_tokens: what becomes of a control token that is spelled in a content: plain `text` tokens, `refuse` the
+            conversation, or `allow` it to be the control token.
+        reshape: give the template tool calls and contents in another shape (arguments as a dict or as text, content as
+            parts) where it does not render them as they are. The text is then not that of `apply_chat_template`.
+        date: what templates that print today's date print; today if absent.
 
     Raises:
-        ValueError: there is no chat template.
+        ValueError: there is no chat template, or it cannot be compiled, or the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, train_on: TrainOn = "assistant") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        train_on: TrainOn = "assistant",
+        history: History = "refuse",
+        *,
+        stop_token: str | None = None,
+        control_tokens: ControlTokens = "text",
+        reshape: bool = False,
+        date: datetime.datetime | None = None,
+    ) -> None:
         spec = tokenizer if isinstance(tokenizer, TokenizerSpec) else tokenizer_spec(tokenizer)
         if spec.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
-        self.spec, self.train_on = spec, train_on
+        self.spec, self.train_on, self.history, self.control_tokens = spec, train_on, history, control_tokens
         self.tokenizer = load_tokenizer_json(spec.json)
-        self._render = compile_template(spec.chat_template)
-        self.control = [t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.template = ChatTemplate(spec.chat_template, spec.variables, date)
+        self._control_ids = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+        self.control = list(self._control_ids)
+        self.finder = SpanFinder(self.template, self.control, spec.eos_token, stop_token, reshape)
+        self._lengths = token_lengths(spec.json)
+        self._layouts: dict[tuple[str, ...], Layout | None] = {}
+        # Reasoning tags are what a data set means them to be, even where a tokenizer calls them special.
+        guarded = [token for token in self.control if not THINK.fullmatch(token)]
+        self._all_control = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
+        self._guarded = re.compile("|".join(map(re.escape, sorted(guarded, key=len, reverse=True))) or r"(?!)")
+        self._prefixes = tuple({token[:2] for token in guarded})  # a quick look before the slow one
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        return self._render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, **self.spec.variables
-        )
+    # ------------------------------------------------------------------------------ conversations
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; raises what the template raises."""
+        return self.template.render([_bare(m) for m in messages], tools, add_generation_prompt)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> str:
         """The text after which the assistant's answer to `messages` stands."""
-        return self.render(messages, add_generation_prompt=True)
+        return self.render(messages, tools, add_generation_prompt=True)
 
-    def encode_batch(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | Refused]:
-        """Encode conversations, in order. The texts are tokenised together, which uses every core."""
-        plans = [self._plan(messages) for messages in conversations]
-        texts = [plan[0] for plan in plans if not isinstance(plan, Refused)]
-        encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
-        return [plan if isinstance(plan, Refused) else self._finish(*plan, next(encodings)) for plan in plans]
+    def encode_batch(
+        self, conversations: Sequence[Sequence[Message]], tools: Tools | Sequence[Tools] = None
+    ) -> list[Encoded | Refused]:
+        """Encode conversations, in order; with `history="per_turn"` one may give several, told by `Encoded.conversation`.
+
+        Args:
+            tools: the JSON schemas of the tools of all conversations, or a list with those of each.
+        """
+        return [result for results in self.encode_each(conversations, tools) for result in results]
+
+    def encode_each(
+        self, conversations: Sequence[Sequence[Message]], tools: Tools | Sequence[Tools] = None
+    ) -> list[list[Encoded | Refused]]:
+        """The examples of each conversation: one, or with `history="per_turn"` several, or the reason for none."""
+        each = _tools_of_each(tools, len(conversations))
+        out: list[list[Encoded | Refused]] = [[] for _ in conversations]
+        waiting: list[tuple[list[_Job], Any]] = []
+        with ThreadPoolExecutor(1) as background:  # Rust tokenises while the next conversations are rendered
+            for start in range(0, len(conversations), BATCH):
+                jobs: list[_Job] = []
+                for i in range(start, min(start + BATCH, len(conversations))):
+                    for job in self._jobs(i, conversations[i], each[i]):
+                        if isinstance(job, Refused):
+                            out[i].append(job)
+                        else:
+                            jobs.append(job)
+                waiting.append((jobs, background.submit(self._encode, [job.text for job in jobs])))
+                if len(waiting) > 1:
+                    self._finish(*waiting.pop(0), out)
+            for jobs, encodings in waiting:
+                self._finish(jobs, encodings, out)
+        return out
 
     def encode_text(self, texts: Sequence[str]) -> list[Encoded | Refused]:
         """Plain text for language modelling: every token is trained, and the end-of-text token after it."""
-        ends = [text + (self.spec.eos_token or "") for text in texts]
-        encodings = self.tokenizer.encode_batch(ends, add_special_tokens=False)
-        out: list[Encoded | Refused] = []
-        for raw, text, encoding in zip(texts, ends, encodings, strict=True):
-            token = self._control_token_in(raw)
-            if token:
-                out.append(Refused("control_token_in_content", token))
+        jobs = []
+        for i, text in enumerate(texts):
+            whole = text + (self.spec.eos_token or "")
+            jobs.append(_Job(i, whole, [(0, 0, len(whole))], [(0, len(text))], {}, frozenset()))
+        encodings = self._encode([job.text for job in jobs])
+        return list(self._label(jobs, encodings))
+
+    def speakers(self, messages: Sequence[Message], tools: Tools = None) -> list[tuple[int, int, str]]:
+        """(start, end, role) of what the template writes for each message; what stands between is the template's own."""
+        bare = [_bare(m) for m in messages]
+        text = self.template.render(bare, tools)
+        try:
+            segments = self.template.segments(bare, text, tools).segments
+        except MarksMoved:
+            return []
+        return sorted((start, end, bare[i]["role"]) for i, (start, end) in segments.items())
+
+    # ------------------------------------------------------------------------------ from messages to spans
+
+    def _jobs(self, i: int, messages: Sequence[Message], tools: Tools) -> Iterator[_Job | Refused]:
+        """What is to be tokenised of a conversation."""
+        weights: dict[int, float] = {}
+        shape = _shape(messages)
+        if shape is None:
+            if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+                yield Refused("malformed_message", "a message is a dict with a role")
+                return
+            for n, message in enumerate(messages):
+                weight = 0.0 if message.get("train") is False else float(message.get("weight", 1.0))
+                if weight != 1.0:
+                    weights[n] = weight
+            messages = [_bare(message) for message in messages]
+            shape = _shape(messages)
+        chosen = self._chosen(messages, weights)
+        if self.train_on != "all" and not chosen:
+            yield Refused("no_assistant_turn", f"none of {len(messages)} messages is to be trained")
+            return
+        found = self._spans(messages, tools, shape)
+        if self.train_on == "all":
+            yield found if isinstance(found, Refused) else self._whole(i, found)
+            return
+        lost = isinstance(found, Refused) and found.reason == "history_rewritten"
+        if (
+            lost and len(chosen) == 1 and chosen[0] == len(messages) - 1
+        ):  # no earlier turn is trained: it may be abridged
+            found, lost = self._derived(messages, tools, only=chosen[0]), False
+        if self.history != "refuse" and (lost or (isinstance(found, _Spans) and found.rewritten)):
+            if self.history == "last_turn":
+                chosen = chosen[-1:]
+            if chosen:
+                for n in chosen:
+                    alone = self._derived(messages[: n + 1], tools, only=n)
+                    yield alone if isinstance(alone, Refused) else self._job(i, alone, [n], weights)
+                return
+        yield found if isinstance(found, Refused) else self._job(i, found, chosen, weights)
+
+    def _chosen(self, messages: Sequence[Message], weights: dict[int, float]) -> list[int]:
+        """The assistant turns that are trained."""
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.train_on == "last_assistant":
+            turns = turns[-1:]
+        elif self.train_on == "completion":
+            last_user = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+            turns = [n for n in turns if n > last_user]
+        return [n for n in turns if weights.get(n, 1.0) > 0]
+
+    def _job(self, i: int, found: _Spans, chosen: list[int], weights: dict[int, float]) -> _Job:
+        turns = [turn for turn in found.turns if turn[0] in chosen]
+        return _Job(i, found.text, turns, found.contents, weights, found.warnings)
+
+    def _whole(self, i: int, found: _Spans) -> _Job:
+        last = found.turns[-1][0] if found.turns else 0
+        return _Job(i, found.text, [(last, 0, len(found.text))], found.contents, {}, found.warnings)
+
+    def _spans(self, messages: Sequence[Message], tools: Tools, shape: tuple[str, ...] | None) -> _Spans | Refused:
+        """Text and spans: from the layout of the conversation's shape, or derived."""
+        if not tools and shape is not None:
+            layout = self._layout(shape)
+            if isinstance(layout, Layout):
+                try:
+                    text = self.template.render(messages)
+                except Exception as error:  # whatever a template raises refuses the row
+                    return Refused("template_error", str(error) or type(error).__name__)
+                if layout.fits(messages) and (found := _fill(layout, messages, text)):
+                    return found
+        return self._derived(messages, tools)
+
+    def _derived(self, messages: Sequence[Message], tools: Tools, only: int | None = None) -> _Spans | Refused:
+        found = self.finder.find(messages, tools, only)
+        if isinstance(found, Refused):
+            return found
+        if self.control_tokens != "allow":
+            placed = {n for n, (start, _) in found.contents.items() if start >= 0}
+            for text in _strings(
+                [tools, *(m if n not in placed else {**m, "content": ""} for n, m in enumerate(messages))]
+            ):
+                if token := self._guarded.search(text):
+                    return Refused("control_token_in_content", f"{token.group()!r} in {text[:80]!r}")
+        turns = [(turn.message, turn.start, turn.end) for turn in found.turns]
+        contents = [place for place in found.contents.values() if place[0] >= 0]
+        return _Spans(found.text, turns, contents, found.warnings, found.rewritten is not None)
+
+    def _layout(self, shape: tuple[str, ...]) -> Layout | None:
+        if shape not in self._layouts:
+            if len(self._layouts) >= SHAPES:
+                self._layouts.clear()
+            self._layouts[shape] = self._make_layout(shape)
+        return self._layouts[shape]
+
+    def _make_layout(self, shape: tuple[str, ...]) -> Layout | None:
+        """The layout of conversations of these roles, or None where the template has no such thing for them."""
+        probe = [{"role": role, "content": f"Probe{n}x"} for n, role in enumerate(shape)]
+        found = self.finder.find(probe, None)
+        if isinstance(found, Refused) or "reshaped" in found.warnings:
+            return None
+        if sorted(found.contents) != list(range(len(shape))):
+            return None
+        places = [found.contents[n] for n in range(len(shape))]
+        if places != sorted(places):
+            return None
+        edges = [0, *(edge for place in places for edge in place), len(found.text)]
+        between = [found.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        turns = [(t.message, places[t.message][0] - t.start, t.end - places[t.message][1]) for t in found.turns]
+        if any(before < 0 or after < 0 for _, before, after in turns):
+            return None
+        strip = self._stripping([{**m, "content": f" \n {m['content']} \n "} for m in probe], between)
+        if strip is None:
+            return None
+        return Layout(between, strip, turns, found.warnings, found.rewritten is not None)
+
+    def _stripping(self, probe: list[Message], between: list[str]) -> list[str] | None:
+        """How the template treats the white space around each content."""
+        try:
+            text = self.template.render(probe)
+        except Exception:  # then nothing with such white space can be laid out either
+            return None
+        out, at = [], len(between[0])
+        for message, after in zip(probe, between[1:], strict=True):
+            for how in ("", "strip", "lstrip", "rstrip"):
+                content = _stripped(message["content"], how)
+                if text.startswith(content + after, at):
+                    out.append(how)
+                    at += len(content) + len(after)
+                    break
             else:
-                out.append(Encoded(text, encoding.ids, list(encoding.ids), [(0, 0, len(text))]))
+                return None
         return out
 
-    def _control_token_in(self, content: str) -> str | None:
-        return next((token for token in self.control if token in content), None)
+    # ------------------------------------------------------------------------------ from spans to tokens
 
-    def _plan(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int, int]]] | Refused:
-        """The rendered text and its trained spans, or why not."""
-        for i, message in enumerate(messages):
-            # Would be read as a control token by the tokenizer: content must not be able to end a turn or open one.
-            if token := self._control_token_in(message["content"]):
-                return Refused("control_token_in_content", f"message {i} spells {token}")
-        try:
-            text = self.render(messages)
-            spans = [
-                self._span(text, messages, i) for i, message in enumerate(messages) if message["role"] == "assistant"
-            ]
-        except Exception as error:  # a template is the model's own program: whatever it raises refuses the row
-            return Refused("template_error", str(error) or type(error).__name__)
-        refused = next((span for span in spans if isinstance(span, Refused)), None)
-        if refused:
-            return refused
-        good = [span for span in spans if not isinstance(span, Refused)]
-        if self.train_on in ("last_assistant", "completion"):
-            good = good[-1:]
-        if self.train_on == "all":
-            good = [(len(messages) - 1, 0, len(text))]
-        if not good:
-            return Refused("no_assistant_turn", f"{len(messages)} messages")
-        return text, good
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        """Without offsets, which cost a third of the speed, where the lengths of the tokens say the same."""
+        if self._lengths is None:
+            return self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
-    def _span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int, int] | Refused:
-        prompt, upto = self.prompt(messages[:i]), self.render(messages[: i + 1])
-        if not text.startswith(prompt):
-            return Refused("prompt_not_prefix", f"turn {i}: {_difference(prompt, text)}")
-        if not text.startswith(upto):
-            return Refused("history_rewritten", f"turn {i}: {_difference(upto, text)}")
-        end = len(upto.rstrip())  # white space after the stop token is not trained
-        stop = next((t for t in self.control if upto.endswith(t, len(prompt), end)), None)
-        if stop is None:
-            return Refused("no_stop_token", f"turn {i} ends with {upto[max(len(prompt), end - 20) : end]!r}")
-        if messages[i]["content"].strip() not in text[len(prompt) : end - len(stop)]:
-            return Refused("content_changed", f"turn {i} is rendered as {text[len(prompt) : end][:80]!r}")
-        return i, len(prompt), end
+    def _finish(self, jobs: list[_Job], encodings: Future[list[Encoding]], out: list[list[Encoded | Refused]]) -> None:
+        for job, result in zip(jobs, self._label(jobs, encodings.result()), strict=True):
+            out[job.conversation].append(result)
 
-    def _finish(self, text: str, spans: list[tuple[int, int, int]], encoding: Encoding) -> Encoded | Refused:
-        ids = encoding.ids
-        labels, at = [IGNORE] * len(ids), 0
-        for token, (start, end) in enumerate(encoding.offsets):
-            while at < len(spans) and start >= spans[at][2]:
-                at += 1
-            if at < len(spans) and spans[at][1] <= start and end <= spans[at][2] and start < end:
-                labels[token] = ids[token]
-        if all(label == IGNORE for label in labels):
-            return Refused("no_trained_token", f"{len(ids)} tokens")
-        return Encoded(text, ids, labels, spans)
+    def _label(self, jobs: list[_Job], encodings: list[Encoding]) -> Iterator[Encoded | Refused]:
+        ids = [encoding.ids for encoding in encodings]
+        known: Sequence[list[TokenRange] | None] = [None] * len(jobs)
+        if self._lengths is not None:
+            spans = [[(start, end) for _, start, end in job.turns] for job in jobs]
+            known = token_ranges([job.text for job in jobs], ids, spans, self._lengths)
+        for job, encoding, row, ranges in zip(jobs, encodings, ids, known, strict=True):
+            if self.control_tokens != "allow" and (places := self._spelled(job)):
+                yield self._as_text(job, places)
+                continue
+            if ranges is None:
+                if self._lengths is not None:
+                    encoding = self.tokenizer.encode(job.text, add_special_tokens=False)
+                ranges = _ranges_by_offsets(job, encoding.offsets)
+            yield _labelled(job, row, ranges, self.spec.eos_token)
 
-    def message_ends(self, messages: Sequence[Message]) -> list[int]:
-        """Where each message's text ends, in characters of the rendered text (for showing who speaks)."""
-        whole = len(self.render(messages))
-        ends = []
-        for i in range(len(messages)):
-            try:
-                ends.append(len(self.render(messages[: i + 1])))
-            except Exception:  # a template may refuse half a conversation; the part is then shown with the next speaker
-                ends.append(ends[-1] if ends else 0)
-        return [*ends[:-1], whole]
+    def _spelled(self, job: _Job) -> list[tuple[int, int]]:
+        """Where contents spell control tokens."""
+        found: list[tuple[int, int]] = []
+        for start, end in job.contents:
+            content = job.text[start:end]
+            for prefix in self._prefixes:
+                if prefix in content:
+                    found += [match.span() for match in self._guarded.finditer(job.text, start, end)]
+                    break
+        return found
+
+    def _as_text(self, job: _Job, places: list[tuple[int, int]]) -> Encoded | Refused:
+        """Tokenised with the control tokens at `places` as the plain text they are in.
+
+        The text is cut at the template's own control tokens, and what stands between is tokenised with control tokens
+        switched off. That this gives the tokens of the whole is seen on the same text with the places blotted out.
+        """
+        a, b = places[0]
+        spelled = job.text[a:b]
+        if self.control_tokens == "refuse":
+            return Refused("control_token_in_content", f"{spelled!r} at character {a}")
+        blotted = list(job.text)
+        for start, end in places:
+            blotted[start:end] = "x" * (end - start)
+        own = [m.span() for m in self._all_control.finditer("".join(blotted))]
+        whole = self.tokenizer.encode("".join(blotted), add_special_tokens=False)
+        if self._in_pieces("".join(blotted), own) != (whole.ids, whole.offsets):
+            return Refused("control_token_in_content", f"{spelled!r} at character {a} cannot be told from the real one")
+        ids, offsets = self._in_pieces(job.text, own)
+        job = replace(job, warnings=job.warnings | {"control_token_as_text"})
+        return _labelled(job, ids, _ranges_by_offsets(job, offsets), self.spec.eos_token)
+
+    def _in_pieces(self, text: str, own: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        plain = load_tokenizer_json(self.spec.json, control_as_text=True)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for start, end in [*own, (len(text), len(text))]:
+            piece = plain.encode(text[at:start], add_special_tokens=False)
+            ids += piece.ids
+            offsets += [(a + at, b + at) for a, b in piece.offsets]
+            if start < end:
+                ids.append(self._control_ids[text[start:end]])
+                offsets.append((start, end))
+            at = end
+        return ids, offsets
 
 
-def _difference(a: str, b: str) -> str:
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return f"{a[at : at + 40]!r} where the whole conversation has {b[at : at + 40]!r}"
+def _bare(message: Message) -> Message:
+    """The message as the template sees it: without what only we read, and, as transformers has it, without nulls."""
+    return {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
+
+
+def _tools_of_each(tools: Tools | Sequence[Tools], count: int) -> Sequence[Tools]:
+    if not tools or isinstance(tools[0], dict):
+        return [tools or None] * count  # type: ignore[list-item]
+    return tools  # type: ignore[return-value]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a nested value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _shape(messages: Sequence[Message]) -> tuple[str, ...] | None:
+    """The roles, where the messages are nothing but plain contents."""
+    try:
+        if all(len(message) == 2 and message["content"].strip() for message in messages):
+            return tuple([message["role"] for message in messages])
+    except (AttributeError, KeyError, TypeError):  # something else than a text
+        pass
+    return None
+
+
+def _stripped(content: str, how: str) -> str:
+    return getattr(content, how)() if how else content
+
+
+def _fill(layout: Layout, messages: Sequence[Message], text: str) -> _Spans | None:
+    """The spans of a text that is its layout filled with these contents, else None."""
+    between = layout.between
+    pieces, contents, at = [between[0]], [], len(between[0])
+    for message, how, after in zip(messages, layout.strip, between[1:], strict=True):
+        content = message["content"]
+        if how:
+            content = getattr(content, how)()
+        end = at + len(content)
+        contents.append((at, end))
+        pieces += (content, after)
+        at = end + len(after)
+    if at != len(text) or "".join(pieces) != text:
+        return None
+    turns = [(n, contents[n][0] - before, contents[n][1] + after) for n, before, after in layout.turns]
+    return _Spans(text, turns, contents, layout.warnings, layout.rewritten)
+
+
+def _ranges_by_offsets(job: _Job, offsets: list[tuple[int, int]]) -> list[TokenRange]:
+    """The tokens of each turn by their characters. Tokens without any (a prefix that the tokenizer added) are not trained."""
+    ranges, at = [], 0
+    for _, start, end in job.turns:
+        exact = True
+        while at < len(offsets) and (offsets[at][0] < start or offsets[at][0] == offsets[at][1]):
+            exact = exact and offsets[at][1] <= start
+            at += 1
+        first = at
+        while at < len(offsets) and offsets[at][1] <= end and offsets[at][0] < end:
+            at += 1
+        exact = exact and not (at < len(offsets) and offsets[at][0] < end)
+        ranges.append(TokenRange(first, at, exact))
+    return ranges
+
+
+def _labelled(job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | None) -> Encoded | Refused:
+    labels = [IGNORE] * len(ids)
+    weights: list[float] | None = [1.0] * len(ids) if job.weights else None
+    some, exact = False, True
+    for (message, _, _), tokens in zip(job.turns, ranges, strict=True):
+        exact = exact and tokens.exact
+        if tokens.first < tokens.last:
+            some = True
+            labels[tokens.first : tokens.last] = ids[tokens.first : tokens.last]
+            if weights is not None and message in job.weights:
+                weights[tokens.first : tokens.last] = [job.weights[message]] * (tokens.last - tokens.first)
+    if not some:
+        return Refused("no_trained_token", f"none of {len(ids)} tokens")
+    warnings = job.warnings
+    if not exact:
+        warnings |= {"straddling_token"}
+    if eos and "no_stop_token" not in warnings and not job.text.endswith(eos, 0, job.turns[-1][2]):
+        warnings |= {"eos_is_not_stop"}
+    return Encoded(job.text, ids, labels, job.turns, weights, job.conversation, warnings)
 
 
 def tokenizer_spec(tokenizer: Any, chat_template: str | None = None) -> TokenizerSpec:

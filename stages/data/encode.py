@@ -1,22 +1,47 @@
-"""Rows to tokens: a recipe says what of a row becomes what, and every row comes out encoded or with a reason why not."""
+"""Rows to tokens: a recipe says what of a row becomes what, and every row comes out as examples or with a reason why not."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from stages.data.chat import IGNORE, ChatEncoder, Encoded, Refused, TokenizerSpec, TrainOn
+from stages.data.chat import IGNORE, ChatEncoder, ControlTokens, Encoded, History, Refused, TokenizerSpec, TrainOn
+from stages.data.chunks import BadRow
 from stages.data.ledger import LedgerEntry
-from stages.data.records import Conversation, Preference, Record, Rejected, Text, normalise, rename
-from stages.data.source import BadRow
+from stages.data.records import (
+    Conversation,
+    Labelled,
+    Message,
+    Preference,
+    Prompt,
+    Record,
+    Rejected,
+    Text,
+    Tokens,
+    normalise,
+)
+from stages.data.source import DataSource, shaped
+from stages.data.truncate import Truncation, cut_both_answers, cut_to
 
-DATA_VERSION = 1  # raised when the same input would be prepared differently
+DATA_VERSION = 2  # raised when the same input would be prepared differently
 BATCH_ROWS = 512  # rows encoded together
+PRINTED_DATE = datetime.datetime(2026, 1, 1)  # what templates that print today's date print, where the spec names none
 
-Task = Literal["conversation", "preference", "evaluation"]
+Task = Literal["conversation", "preference", "labelled", "prompt", "evaluation"]
+Row = dict[str, Any]
+WANTS: dict[Task, tuple[type, ...]] = {
+    "conversation": (Conversation, Text, Tokens),
+    "preference": (Preference,),
+    "labelled": (Labelled,),
+    "prompt": (Prompt, Conversation),
+    "evaluation": (Conversation, Text, Tokens, Prompt),
+}
 
 
 def digest(text: str) -> str:
@@ -30,133 +55,326 @@ class Recipe:
     task: Task
     tokenizer: TokenizerSpec
     train_on: TrainOn = "assistant"
-    max_length: int | None = None  # longer rows go to the ledger, they are never cut
+    history: History = "refuse"
+    stop_token: str | None = None
+    control_tokens: ControlTokens = "text"
+    date: datetime.datetime = PRINTED_DATE
+    max_length: int | None = None  # of an example, in tokens
+    truncation: Truncation = "drop"
+    packing: bool = False
+    deduplicate: bool = False
+    seed: int = 0  # of which rows are held out, or repeated
 
     def key(self) -> dict[str, Any]:
-        return {
+        """What prepared data is addressed by."""
+        own = {k: v for k, v in vars(self).items() if k not in ("tokenizer", "date")}
+        dated = "strftime_now" in (self.tokenizer.chat_template or "")
+        return own | {
             "version": DATA_VERSION,
-            "task": self.task,
             "tokenizer": digest(self.tokenizer.json),
             "template": digest(self.tokenizer.chat_template or ""),
             "variables": self.tokenizer.variables,
-            "train_on": self.train_on,
-            "max_length": self.max_length,
+            "date": self.date.isoformat() if dated else None,
         }
 
 
-def encode(records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe) -> list[dict[str, Any] | Refused]:
-    """Rows of the recipe's schema, or why not; in order."""
-    if recipe.task == "preference":
-        return _encode_preferences(records, encoder, recipe)
-    texts = iter(encoder.encode_text([r.text for r in records if isinstance(r, Text)]))
-    answered = _answered if recipe.task == "evaluation" else lambda record: record.messages
-    chats = iter(encoder.encode_batch([answered(r) for r in records if isinstance(r, Conversation)]))
-    out: list[dict[str, Any] | Refused] = []
-    for record in records:
-        if isinstance(record, Preference):
-            out.append(Refused("wrong_format", "a preference pair where a conversation is wanted"))
-            continue
-        encoded = next(texts) if isinstance(record, Text) else next(chats)
-        if isinstance(encoded, Encoded) and (long := _too_long(len(encoded.input_ids), recipe)):
-            encoded = long
-        if isinstance(encoded, Refused):
-            out.append(encoded)
-            continue
-        row: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-        if recipe.task == "evaluation":
-            row |= _evaluation_fields(record, encoder)
-        out.append(row)
-    return out
-
-
-def _answered(record: Conversation) -> list[dict[str, Any]]:
-    """The conversation with its expected answer as the last turn where the row ends with a question."""
-    if record.expected is not None and record.messages[-1]["role"] != "assistant":
-        return [*record.messages, {"role": "assistant", "content": record.expected}]
-    return record.messages
-
-
-def _evaluation_fields(record: Record, encoder: ChatEncoder) -> dict[str, Any]:
-    """What greedy samples need: the prompt of the last answer, and the answer that is expected."""
-    if not isinstance(record, Conversation):
-        return {"prompt_ids": None, "prompt": None, "expected": None}
-    messages = record.messages[:-1] if record.messages[-1]["role"] == "assistant" else record.messages
-    if not messages:
-        return {"prompt_ids": None, "prompt": None, "expected": None}
-    prompt = encoder.prompt(messages)
-    ids = encoder.tokenizer.encode(prompt, add_special_tokens=False).ids
-    return {"prompt_ids": ids, "prompt": prompt, "expected": record.expected}
-
-
-def _encode_preferences(
-    records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe
-) -> list[dict[str, Any] | Refused]:
-    pairs = [r for r in records if isinstance(r, Preference)]
-    answers = [[*p.prompt, answer] for p in pairs for answer in (p.chosen, p.rejected)]
-    encoded = iter(encoder.encode_batch(answers))
-    out: list[dict[str, Any] | Refused] = []
-    for record in records:
-        if not isinstance(record, Preference):
-            out.append(Refused("wrong_format", "a conversation where a preference pair is wanted"))
-            continue
-        chosen, rejected = next(encoded), next(encoded)
-        out.append(_pair(chosen, rejected, recipe))
-    return out
-
-
-def _pair(chosen: Encoded | Refused, rejected: Encoded | Refused, recipe: Recipe) -> dict[str, Any] | Refused:
-    """`prompt_ids` and the two answers, each to the end of its stop token."""
-    split = []
-    for answer in (chosen, rejected):
-        if isinstance(answer, Refused):
-            return answer
-        if long := _too_long(len(answer.input_ids), recipe):
-            return long
-        at = next(i for i, label in enumerate(answer.labels) if label != IGNORE)
-        end = max(i for i, label in enumerate(answer.labels) if label != IGNORE) + 1
-        split.append((answer.input_ids[:at], answer.input_ids[at:end]))
-    (prompt, good), (other, bad) = split
-    if prompt != other:
-        return Refused("different_prompts", "the tokens before the answers differ")
-    if good == bad:
-        return Refused("equal_answers", "the same tokens once rendered")
-    return {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad}
-
-
-def _too_long(tokens: int, recipe: Recipe) -> Refused | None:
-    if recipe.max_length is not None and tokens > recipe.max_length:
-        return Refused("too_long", f"{tokens} tokens, max_length is {recipe.max_length}")
-    return None
-
-
 def encoder_for(recipe: Recipe) -> ChatEncoder:
-    """Answers of a pair are its last turn alone; earlier assistant turns belong to the prompt."""
-    return ChatEncoder(recipe.tokenizer, "last_assistant" if recipe.task == "preference" else recipe.train_on)
+    """The answers of a pair are its last turn alone: earlier assistant turns belong to the prompt, as it is rendered."""
+    last = recipe.task in ("preference", "labelled")
+    return ChatEncoder(
+        recipe.tokenizer,
+        "last_assistant" if last else recipe.train_on,
+        recipe.history,
+        stop_token=recipe.stop_token,
+        control_tokens=recipe.control_tokens,
+        reshape=True,
+        date=recipe.date,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ one row
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What a row became: several rows of prepared data where each turn is an example of its own."""
+
+    rows: list[Row]
+    warnings: frozenset[str] = frozenset()
+
+
+def encode(records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe) -> list[Examples | Refused]:
+    """What each record becomes, in order."""
+    out: list[Examples | Refused | None] = []
+    for record in records:
+        wrong = None if isinstance(record, WANTS[recipe.task]) else _wrong_format(record, recipe.task)
+        out.append(wrong)
+    fits = [record for record, wrong in zip(records, out, strict=True) if wrong is None]
+    encoded = iter(_ENCODERS[recipe.task](fits, encoder, recipe))
+    return [wrong if wrong is not None else next(encoded) for wrong in out]
+
+
+def _wrong_format(record: Record, task: Task) -> Refused:
+    wanted = " or ".join(kind.__name__.lower() for kind in WANTS[task])
+    return Refused("wrong_format", f"a {type(record).__name__.lower()} where a {wanted} is wanted")
+
+
+def _conversations(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
+    chats = [record for record in records if isinstance(record, Conversation)]
+    each = iter(encoder.encode_each([_of_completion(c, recipe) for c in chats], [c.tools for c in chats]))
+    texts = iter(encoder.encode_text([record.text for record in records if isinstance(record, Text)]))
+    for record in records:
+        if isinstance(record, Tokens):
+            yield _finish([_given(record, encoder)], encoder, recipe)
+        else:
+            yield _finish(next(each) if isinstance(record, Conversation) else [next(texts)], encoder, recipe)
+
+
+def _of_completion(record: Conversation, recipe: Recipe) -> list[Message]:
+    """The messages; with `train_on: completion` an answer that stands in the prompt of its row is none."""
+    messages = record.messages
+    if recipe.train_on != "completion" or not record.prompt_messages:
+        return messages
+    before, after = messages[: record.prompt_messages], messages[record.prompt_messages :]
+    return [{**m, "train": False} if m["role"] == "assistant" else m for m in before] + after
+
+
+def _given(record: Tokens, encoder: ChatEncoder) -> Encoded | Refused:
+    size = encoder.tokenizer.get_vocab_size(with_added_tokens=True)
+    if (highest := max(record.input_ids)) >= size:
+        return Refused("token_out_of_range", f"token {highest}, the tokenizer has {size}")
+    labels = list(record.labels if record.labels is not None else record.input_ids)
+    return Encoded("", list(record.input_ids), labels, [])
+
+
+def _finish(results: Iterable[Encoded | Refused], encoder: ChatEncoder, recipe: Recipe) -> Examples | Refused:
+    """The rows of a conversation, not longer than is allowed; one that cannot be used refuses them all."""
+    rows: list[Row] = []
+    warnings: set[str] = set()
+    for result in results:
+        if isinstance(result, Refused):
+            return result
+        row: Row = {"input_ids": result.input_ids, "labels": result.labels, "weights": result.weights}
+        if recipe.max_length is not None and len(result.input_ids) > recipe.max_length:
+            cut = cut_to(row, recipe.max_length, recipe.truncation, _bos(encoder))
+            if isinstance(cut, Refused):
+                return cut
+            row, note = cut
+            warnings.add(note)
+        warnings |= result.warnings
+        rows.append(row)
+    return Examples(rows, frozenset(warnings))
+
+
+def _bos(encoder: ChatEncoder) -> int | None:
+    bos = encoder.spec.variables.get("bos_token")
+    return encoder.tokenizer.token_to_id(bos) if bos else None
+
+
+def _evaluations(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
+    """Rows with the prompt of the last answer beside them, for greedy samples, and the answer that is expected."""
+    asked = [_as_conversation(record) if isinstance(record, Prompt) else record for record in records]
+    answered = [_answered(record) if isinstance(record, Conversation) else record for record in asked]
+    for record, result in zip(asked, _conversations(answered, encoder, recipe), strict=True):
+        if isinstance(result, Refused):
+            yield result
+            continue
+        prompt: Row = {"prompt_ids": None, "prompt": None, "expected": None}
+        if isinstance(record, Conversation):
+            last = record.messages[-1]["role"] == "assistant"
+            messages = record.messages[:-1] if last else record.messages
+            if messages:
+                text = encoder.prompt(messages, record.tools)
+                ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
+                prompt = {"prompt_ids": ids, "prompt": text, "expected": record.expected}
+        yield Examples([row | prompt for row in result.rows], result.warnings)
+
+
+def _as_conversation(record: Prompt) -> Conversation:
+    return Conversation(record.prompt, record.tools, record.expected)
+
+
+def _answered(record: Conversation) -> Conversation:
+    """The conversation with its expected answer as the last turn where the row ends with a question."""
+    if record.expected is None or record.messages[-1]["role"] == "assistant":
+        return record
+    return Conversation(
+        [*record.messages, {"role": "assistant", "content": record.expected}], record.tools, record.expected
+    )
+
+
+def _preferences(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
+    """`prompt_ids` and two answers, each to the end of its stop token."""
+    answers = [[*r.prompt, answer] for r in records for answer in (r.chosen, r.rejected)]
+    encoded = iter(encoder.encode_each(answers, [r.tools for r in records for _ in range(2)]))
+    for _ in records:
+        (chosen,), (rejected,) = next(encoded), next(encoded)
+        if isinstance(chosen, Refused) or isinstance(rejected, Refused):
+            yield chosen if isinstance(chosen, Refused) else rejected  # type: ignore[misc]
+            continue
+        (prompt, good), (other, bad) = _prompt_and_answer(chosen), _prompt_and_answer(rejected)
+        if prompt != other:
+            yield Refused("different_prompts", "the tokens before the answers differ")
+        elif good == bad:
+            yield Refused("equal_answers", "the same tokens once rendered")
+        else:
+            row: Row = {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad}
+            yield _answers_cut(row, chosen.warnings | rejected.warnings, encoder, recipe)
+
+
+def _labelled(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
+    """`prompt_ids`, `completion_ids` to the end of its stop token, and whether it is wanted."""
+    each = encoder.encode_each([[*r.prompt, r.completion] for r in records], [r.tools for r in records])
+    for record, (result,) in zip(records, each, strict=True):
+        if isinstance(result, Refused):
+            yield result
+            continue
+        prompt, completion = _prompt_and_answer(result)
+        row: Row = {"prompt_ids": prompt, "completion_ids": completion, "label": record.label}
+        yield _answers_cut(row, result.warnings, encoder, recipe)
+
+
+def _prompt_and_answer(encoded: Encoded) -> tuple[list[int], list[int]]:
+    trained = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
+    return encoded.input_ids[: trained[0]], encoded.input_ids[trained[0] : trained[-1] + 1]
+
+
+def _answers_cut(row: Row, warnings: frozenset[str], encoder: ChatEncoder, recipe: Recipe) -> Examples | Refused:
+    if recipe.max_length is None:
+        return Examples([row], warnings)
+    cut = cut_both_answers(row, recipe.max_length, recipe.truncation, _bos(encoder))
+    if isinstance(cut, Refused):
+        return cut
+    row, note = cut
+    return Examples([row], warnings | ({note} if note else set()))
+
+
+def _prompts(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
+    """The text after which an answer is to be sampled; the row's other columns go to reward functions, as JSON."""
+    for record in records:
+        messages, extra = (record.prompt, record.extra) if isinstance(record, Prompt) else (record.messages, {})
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            yield Refused("no_prompt", "nothing stands before the answer")
+            continue
+        try:
+            text = encoder.prompt(messages, record.tools)
+            columns = json.dumps(extra, default=str)
+        except Exception as error:  # the template's, or a column that is no JSON
+            yield Refused("template_error", str(error) or type(error).__name__)
+            continue
+        ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
+        if recipe.max_length is not None and len(ids) > recipe.max_length:
+            yield Refused("too_long", f"{len(ids)} tokens, max_length is {recipe.max_length}")
+            continue
+        yield Examples([{"prompt_ids": ids, "prompt": text, "expected": record.expected, "columns": columns}])
+
+
+_ENCODERS: dict[Task, Any] = {
+    "conversation": _conversations,
+    "preference": _preferences,
+    "labelled": _labelled,
+    "prompt": _prompts,
+    "evaluation": _evaluations,
+}
+
+# ------------------------------------------------------------------------------------------------ rows of a source
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one row."""
+
+    row: int
+    entry: LedgerEntry | None = None
+    examples: list[Row] = field(default_factory=list)
+    copies: int = 1
+    held_out: bool = False
+    warnings: frozenset[str] = frozenset()
 
 
 def encode_rows(
-    rows: Iterator[tuple[int, dict[str, Any] | BadRow]],
+    rows: Iterator[tuple[int, Row | BadRow]],
     *,
     file: str,
     format: str,
-    columns: dict[str, str],
+    source: DataSource,
     recipe: Recipe,
     encoder: ChatEncoder,
-) -> Iterator[tuple[int, dict[str, Any] | LedgerEntry]]:
-    """(row number, encoded row or ledger entry) for every row read, in order: nothing is lost on the way."""
+    duplicates: frozenset[int] = frozenset(),
+) -> Iterator[Outcome]:
+    """What became of every row that is read, in order: nothing is lost on the way.
+
+    Args:
+        duplicates: numbers of rows that stand elsewhere already.
+    """
     while batch := list(islice(rows, BATCH_ROWS)):
-        records: list[Record | Refused] = []
-        for _, row in batch:
+        outcomes: list[Outcome] = []
+        records: list[Record] = []
+        for number, row in batch:
+            outcome = Outcome(number)
+            outcomes.append(outcome)
             try:
-                if isinstance(row, BadRow):
-                    raise Rejected(row.reason, row.detail)
-                records.append(normalise(rename(row, columns), format))
+                record = _record(row, source, format)
+                if number in duplicates:
+                    raise Rejected("duplicate", "the same as an earlier row")
+                outcome.copies, outcome.held_out = draw(record, source, recipe.seed)
+                if not outcome.copies:
+                    raise Rejected("weight", f"not drawn at weight {source.weight:g}")
             except Rejected as error:
-                records.append(Refused(error.reason, error.detail))
-        encoded = iter(encode([r for r in records if not isinstance(r, Refused)], encoder, recipe))
-        for (number, _), record in zip(batch, records, strict=True):
-            result = record if isinstance(record, Refused) else next(encoded)
-            if isinstance(result, Refused):
-                yield number, LedgerEntry(file, number, result.reason, result.detail)
+                outcome.entry = LedgerEntry(file, number, error.reason, error.detail)
             else:
-                yield number, result | {"source": file, "row": number}
+                records.append(record)
+        encoded = iter(encode(records, encoder, recipe))
+        for outcome in outcomes:
+            if outcome.entry is None:
+                result = next(encoded)
+                if isinstance(result, Refused):
+                    outcome.entry = LedgerEntry(file, outcome.row, result.reason, result.detail)
+                else:
+                    outcome.examples, outcome.warnings = result.rows, result.warnings
+            yield outcome
+
+
+def _record(row: Row | BadRow, source: DataSource, format: str) -> Record:
+    if isinstance(row, BadRow):
+        raise Rejected(row.reason, row.detail)
+    return normalise(shaped(row, source), format)
+
+
+def record_hashes(
+    rows: Iterator[tuple[int, Row | BadRow]], source: DataSource, format: str
+) -> Iterator[tuple[int, int]]:
+    """(row number, 64-bit hash of its record) of every row that is a record: equal rows of any format are equal here."""
+    for number, row in rows:
+        try:
+            yield number, int.from_bytes(_hash(_record(row, source, format)), "little")
+        except Rejected:
+            continue
+
+
+def _hash(record: Record, salt: bytes = b"") -> bytes:
+    text = json.dumps([type(record).__name__, vars(record)], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt).digest()
+
+
+def draw(record: Record, source: DataSource, seed: int) -> tuple[int, bool]:
+    """(how often the row is taken, whether it is held out). A pure function of the row's content and the seed.
+
+    So it is the same wherever the row stands and whoever reads it, and equal rows fall on the same side of a split.
+    """
+    share, weight = source.eval, source.weight
+    if share and _uniform(record, seed, b"eval") < share:
+        return 1, True
+    whole = int(weight)
+    more = weight > whole and _uniform(record, seed, b"weight") < weight - whole
+    return whole + more, False
+
+
+def _uniform(record: Record, seed: int, purpose: bytes) -> float:
+    return int.from_bytes(_hash(record, purpose + (seed % 2**32).to_bytes(4, "little")), "little") / 2**64
+
+
+def count_warnings(outcomes: Iterable[Outcome]) -> Counter[str]:
+    return Counter(warning for outcome in outcomes for warning in outcome.warnings)

@@ -1,9 +1,11 @@
 """Prepared data: what training streams. Made once by Ray Data tasks, content-addressed, reused by every run.
 
-One task reads one chunk of a file, normalises and encodes its rows and writes one Parquet shard and its part of the
-ledger; only counts come back, so memory is that of a chunk. (A chunk is 4 MiB of JSON Lines or a Parquet row group; gzipped,
-CSV and JSON files are one chunk each, so keep those moderate.) A folder of prepared data holds
-`shard-*.parquet`, `ledger-*.jsonl` and, written last, `manifest.json`.
+One task reads one chunk of a file, normalises and encodes its rows, and writes one Parquet shard and its part of the
+ledger; only counts come back, so memory is that of a few hundred rows whatever the input. Where it is asked for, duplicates
+are found before (from hashes of the rows) and rows are packed afterwards (a window of shards at a time).
+
+A task's last act is a small file of its counts, so what was interrupted goes on with the chunks that are left. A folder
+of prepared data holds `shard-*.parquet`, `eval-*.parquet` (rows held out), `ledger-*.jsonl` and `manifest.json`.
 """
 
 from __future__ import annotations
@@ -11,44 +13,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from stages.data import ledger
 from stages.data.chat import IGNORE
-from stages.data.encode import Recipe, digest, encode_rows, encoder_for
+from stages.data.chunks import Chunk, chunks, read_chunk
+from stages.data.encode import Recipe, Row, digest, encode_rows, encoder_for, record_hashes
 from stages.data.ledger import LedgerEntry
-from stages.data.records import (
-    FORMATS,
-    detect_format,
-    rename,
-)
-from stages.data.source import Chunk, DataSource, chunks, content_hash, find_files, first_row, read_chunk
-from stages.errors import DataError
+from stages.data.packing import pack_table
+from stages.data.source import DataSource, content_hash, find_files, resolve_formats
 
 GROUP_ROWS = 1024  # rows of a Parquet row group: the unit the trainer's feed shuffles
+PACK_ROWS = 65_536  # rows that are packed together ...
+PACK_TOKENS = 1 << 26  # ... or as many tokens
 
 IDS = pa.list_(pa.int32())
 ORIGIN = [("source", pa.string()), ("row", pa.int64())]
+ENCODED = [("input_ids", IDS), ("labels", IDS), ("weights", pa.list_(pa.float32()))]
+PROMPT = [("prompt_ids", IDS), ("prompt", pa.string()), ("expected", pa.string())]
 SCHEMAS = {
-    "conversation": pa.schema([("input_ids", IDS), ("labels", IDS), *ORIGIN]),
+    "conversation": pa.schema([*ENCODED, *ORIGIN]),
     "preference": pa.schema([("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), *ORIGIN]),
-    "evaluation": pa.schema(
-        [
-            ("input_ids", IDS),
-            ("labels", IDS),
-            ("prompt_ids", IDS),
-            ("prompt", pa.string()),
-            ("expected", pa.string()),
-            *ORIGIN,
-        ]
-    ),
+    "labelled": pa.schema([("prompt_ids", IDS), ("completion_ids", IDS), ("label", pa.bool_()), *ORIGIN]),
+    "prompt": pa.schema([*PROMPT, ("columns", pa.string()), *ORIGIN]),
+    "evaluation": pa.schema([*ENCODED, *PROMPT, *ORIGIN]),
 }
 
 
@@ -59,112 +56,37 @@ class Prepared:
 
     @property
     def rows(self) -> int:
+        """Rows the trainer sees: examples, or packs of them."""
         return self.manifest["rows"]
 
     @property
     def tokens(self) -> int:
         return self.manifest["tokens"]
 
-    def row_groups(self) -> list[tuple[str, int, int]]:
-        """(file, row group, rows) of the whole dataset, in order."""
+    def row_groups(self, part: str = "shards") -> list[tuple[str, int, int]]:
+        """(file, row group, rows) of the whole dataset, in order; `part="eval"` for the rows held out."""
         return [
             (str(self.path / shard["file"]), group, rows)
-            for shard in self.manifest["shards"]
+            for shard in self.manifest[part]
             for group, rows in enumerate(shard["groups"])
         ]
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Row]:
         """Every row, in order. For evaluation sets and tests; training streams instead (stages/training/feed.py)."""
         return [
             row for shard in self.manifest["shards"] for row in pq.read_table(self.path / shard["file"]).to_pylist()
         ]
 
 
-def resolve_formats(sources: Sequence[DataSource]) -> list[str]:
-    """The format of each source, from its first readable row where it is not named.
-
-    Raises:
-        DataError: no such file, or columns that are no known format.
-    """
-    return [_format_of(source) for source in sources]
-
-
-def _format_of(source: DataSource) -> str:
-    if source.format is not None and source.format not in FORMATS:
-        raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}")
-    for file in find_files(source.path):
-        row = first_row(file)
-        if row is None:
-            continue
-        absent = [old for old in source.columns.values() if old not in row]
-        if absent:
-            raise DataError(f"{file.path}: `columns` names {', '.join(absent)}, but rows have {', '.join(row)}")
-        columns = list(rename(row, source.columns))
-        if found := source.format or detect_format(columns):
-            return found
-        raise DataError(
-            f"{file.path}: rows have the columns {', '.join(columns)}, which is none of the formats "
-            f"{', '.join(FORMATS)}; rename them with `columns: {{prompt: ..., completion: ...}}` or name the `format`"
-        )
-    raise DataError(f"{source.path}: no row can be read, so the format is unknown")
-
-
 def sources_key(sources: Sequence[DataSource]) -> list[dict[str, Any]]:
     """What identifies the data: the contents of the files, not their names or dates."""
     return [
         {
-            "files": [content_hash(file) for file in find_files(source.path)],
-            "columns": source.columns,
-            "format": source.format,
+            "files": [content_hash(file) for file in find_files(source)],
+            **source.model_dump(mode="json", exclude={"path", "split", "name", "revision"}, exclude_none=True),
         }
         for source in sources
     ]
-
-
-def prepare_chunk(
-    index: int, chunk: Chunk, source: DataSource, format: str, recipe: Recipe, out: Path
-) -> dict[str, Any]:
-    """Read, encode and write one chunk. Writing it again gives the same files, so a retried task does no harm."""
-    file = chunk.file.path
-    kept: list[dict[str, Any]] = []
-    entries: list[LedgerEntry] = []
-    rows = encode_rows(
-        read_chunk(chunk), file=file, format=format, columns=source.columns, recipe=recipe, encoder=encoder_for(recipe)
-    )
-    for _, result in rows:
-        if isinstance(result, LedgerEntry):
-            entries.append(result)
-        else:
-            kept.append(result)
-    if entries:
-        ledger.write_entries(out / f"ledger-{index:06}.jsonl", entries)
-    name = f"shard-{index:06}.parquet"
-    if kept:
-        table = pa.Table.from_pylist(kept, schema=SCHEMAS[recipe.task])
-        pq.write_table(table, out / (name + ".tmp"), row_group_size=GROUP_ROWS, compression="zstd")
-        os.replace(out / (name + ".tmp"), out / name)
-    lengths = [_length(row) for row in kept]
-    return {
-        "index": index,
-        "file": name,
-        "rows": len(kept),
-        "dropped": len(entries),
-        "tokens": sum(lengths),
-        "trained_tokens": sum(_trained(row) for row in kept),
-        "longest": max(lengths, default=0),
-    }
-
-
-def _length(row: dict[str, Any]) -> int:
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def _trained(row: dict[str, Any]) -> int:
-    if "labels" in row:
-        return sum(label != IGNORE for label in row["labels"])
-    return len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
 def prepare(
@@ -177,84 +99,305 @@ def prepare(
 
     Args:
         root: the folder of all prepared data; the result is a folder in it, named by the hash of all that decides it.
-        progress: called with (chunks done, chunks in all).
+        progress: called with (tasks done, tasks in all).
 
     Raises:
-        DataError: a file cannot be used, or not one row reached training.
+        DataError: a file cannot be used.
     """
     formats = resolve_formats(sources)
-    key = {"recipe": recipe.key(), "sources": sources_key(sources)}
+    key = {"recipe": recipe.key(), "sources": sources_key(sources), "formats": formats}
     target = root / digest(json.dumps(key, sort_keys=True))
     if not (target / "manifest.json").is_file():
-        _make(sources, formats, recipe, target, key, progress)
-    prepared = Prepared(target, json.loads((target / "manifest.json").read_text()))
-    if not prepared.rows:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in prepared.manifest["ledger"]["reasons"].items())
-        first = next(iter(prepared.manifest["ledger"]["examples"]), None)
-        example = f"; for example {first['source']}, row {first['row']}: {first['detail']}" if first else ""
-        raise DataError(f"none of the {prepared.manifest['ledger']['read']} rows can be used: {reasons}{example}")
-    return prepared
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".lock-{target.name}"):  # a stage beside this one may want the same
+            if not (target / "manifest.json").is_file():
+                _Making(sources, formats, recipe, target, key, progress).run()
+    return Prepared(target, json.loads((target / "manifest.json").read_text()))
 
 
-def _make(
-    sources: Sequence[DataSource],
-    formats: list[str],
-    recipe: Recipe,
-    target: Path,
-    key: dict[str, Any],
-    progress: Callable[[int, int], None],
-) -> None:
-    import ray
-    import ray.data
+# ------------------------------------------------------------------------------------------------ what a task does
 
-    todo = [chunk for i, source in enumerate(sources) for file in find_files(source.path) for chunk in chunks(i, file)]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
-    try:
-        job = ray.put((todo, list(sources), formats, recipe, work))
+
+class _ShardWriter:
+    """Rows to a Parquet file, a row group at a time; the file has its name only once it is whole."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema = path, schema
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.waiting: list[Row] = []
+        self.groups: list[int] = []
+        self.writer: pq.ParquetWriter | None = None
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self.waiting += rows
+        while len(self.waiting) >= GROUP_ROWS:
+            self._write(self.waiting[:GROUP_ROWS])
+            del self.waiting[:GROUP_ROWS]
+
+    def _write(self, rows: list[Row]) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.temporary, self.schema, compression="zstd")
+        columns = [pa.array([row.get(name) for row in rows], type) for name, type in _fields(self.schema)]
+        self.writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+        self.groups.append(len(rows))
+
+    def close(self) -> dict[str, Any] | None:
+        """The shard as the manifest has it, or None where there was nothing to write."""
+        if self.waiting:
+            self._write(self.waiting)
+        if self.writer is None:
+            return None
+        self.writer.close()
+        os.replace(self.temporary, self.path)
+        return {"file": self.path.name, "rows": sum(self.groups), "groups": self.groups}
+
+
+def _fields(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
+    return ((field.name, field.type) for field in schema)
+
+
+@dataclass
+class _Counts:
+    """What a chunk came to; kept beside its shard, so a restart does not make it again."""
+
+    read: int = 0
+    kept: int = 0  # rows of the source that are in the training data
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    held_out: int = 0
+    weighted: bool = False
+    warnings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, rows: Sequence[Row], copies: int) -> None:
+        self.kept += 1
+        for row in rows:
+            length = _length(row)
+            self.longest = max(self.longest, length)
+            self.weighted = self.weighted or row.get("weights") is not None
+            self.examples += copies
+            self.tokens += copies * length
+            self.trained_tokens += copies * _trained(row)
+
+
+def _length(row: Row) -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    sides = [len(row[side]) for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row]
+    return max(len(sides), 1) * len(row["prompt_ids"]) + sum(sides)
+
+
+def _trained(row: Row) -> int:
+    if "labels" in row:
+        return len(row["labels"]) - row["labels"].count(IGNORE)
+    return sum(len(row[side]) for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row)
+
+
+def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, recipe: Recipe, work: Path) -> None:
+    """Read, encode and write one chunk. Writing it again gives the same files, so a retried task does no harm."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many tasks run as there are cores
+    duplicates = work / f"duplicates-{index:06}.npy"
+    counts = _Counts()
+    train = _ShardWriter(work / f"shard-{index:06}.parquet", SCHEMAS[recipe.task])
+    held = _ShardWriter(work / f"eval-{index:06}.parquet", SCHEMAS[recipe.task])
+    outcomes = encode_rows(
+        read_chunk(chunk),
+        file=chunk.file.path,
+        format=format,
+        source=source,
+        recipe=recipe,
+        encoder=encoder_for(recipe),
+        duplicates=frozenset(np.load(duplicates).tolist()) if duplicates.is_file() else frozenset(),
+    )
+    with (work / f"ledger-{index:06}.jsonl.tmp").open("w") as lines:
+        for outcome in outcomes:
+            counts.read += 1
+            counts.warnings.update(outcome.warnings)
+            entry = outcome.entry
+            rows = [row | {"source": chunk.file.path, "row": outcome.row} for row in outcome.examples]
+            if entry is None and outcome.held_out:
+                held.add(rows)
+                counts.held_out += 1
+                entry = LedgerEntry(chunk.file.path, outcome.row, "held_out", f"of eval: {source.eval}")
+            elif entry is None:
+                counts.add(rows, outcome.copies)
+                for _ in range(outcome.copies):
+                    train.add(rows)
+            if entry is not None:
+                lines.write(ledger.as_line(entry))
+    os.replace(work / f"ledger-{index:06}.jsonl.tmp", work / f"ledger-{index:06}.jsonl")
+    done = vars(counts) | {"source": chunk.source, "shard": train.close(), "eval": held.close()}
+    _write_json(work / f"done-{index:06}.json", done)
+
+
+def hash_chunk(index: int, chunk: Chunk, source: DataSource, format: str, work: Path) -> None:
+    """The hashes of a chunk's records: an array of (row, hash)."""
+    pairs = list(record_hashes(read_chunk(chunk), source, format))
+    array = np.array(pairs, dtype=np.uint64).reshape(-1, 2)
+    temporary = work / f".hashes-{index:06}.npy"
+    np.save(temporary, array)
+    os.replace(temporary, work / f"hashes-{index:06}.npy")
+
+
+def pack_window(index: int, files: Sequence[str], recipe: Recipe, work: Path) -> None:
+    """The rows of some shards, packed, in one file."""
+    assert recipe.max_length is not None
+    table = pa.concat_tables([pq.read_table(work / file) for file in files])
+    packed = pack_table(table, recipe.max_length, seed=recipe.seed)
+    path = work / f"packed-{index:06}.parquet"
+    pq.write_table(packed, work / (path.name + ".tmp"), row_group_size=GROUP_ROWS, compression="zstd")
+    os.replace(work / (path.name + ".tmp"), path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------ making it
+
+
+class _Making:
+    """One folder of prepared data being made, with what an interrupted attempt left of it."""
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        formats: list[str],
+        recipe: Recipe,
+        target: Path,
+        key: dict[str, Any],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.sources, self.formats, self.recipe, self.target = list(sources), formats, recipe, target
+        self.key, self.progress = key, progress
+        self.work = target.parent / f".making-{target.name}"
+
+    def run(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        todo = [
+            chunk for i, source in enumerate(self.sources) for file in find_files(source) for chunk in chunks(i, file)
+        ]
+        sources, formats, recipe, work = self.sources, self.formats, self.recipe, self.work
+        if recipe.deduplicate:
+            left = [i for i in range(len(todo)) if not (work / f"hashes-{i:06}.npy").is_file()]
+            self._map(
+                left,
+                lambda i, todo: hash_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], work),
+                todo,
+            )
+            mark_duplicates(work, len(todo))
+        left = [i for i in range(len(todo)) if not (work / f"done-{i:06}.json").is_file()]
+        self._map(
+            left,
+            lambda i, todo: prepare_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], recipe, work),
+            todo,
+        )
+        done = [json.loads((work / f"done-{i:06}.json").read_text()) for i in range(len(todo))]
+        packed = self._pack(done) if recipe.packing else None
+        self._write_manifest(done, packed)
+        for leftover in (*work.glob("hashes-*"), *work.glob("duplicates-*"), *work.glob("done-*")):
+            leftover.unlink()
+        shutil.rmtree(self.target, ignore_errors=True)  # without a manifest: not ours
+        os.rename(work, self.target)
+
+    def _map(self, indices: list[int], task: Callable[[int, Any], None], shared: Any) -> None:
+        """`task(i, shared)` for every index, by Ray Data."""
+        if not indices:
+            return
+        import ray
+        import ray.data
+
+        job = ray.put((task, shared))
 
         def one(row: dict[str, Any]) -> dict[str, Any]:
-            todo, sources, formats, recipe, work = ray.get(job)
-            chunk = todo[row["index"]]
-            return prepare_chunk(row["index"], chunk, sources[chunk.source], formats[chunk.source], recipe, work)
+            task, shared = ray.get(job)
+            task(row["index"], shared)
+            return row
 
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        blocks = min(len(todo), 2 * cpus)  # few blocks with several chunks each: a block costs tens of milliseconds
-        items = [{"index": i} for i in range(len(todo))]
-        results = []
-        for result in ray.data.from_items(items, override_num_blocks=blocks).map(one).iter_rows():
-            results.append(result)
-            progress(len(results), len(todo))
-        results.sort(key=lambda r: r["index"])
-        _write_manifest(work, results, key, formats, sources)
-        try:
-            os.rename(work, target)
-        except OSError:  # a stage beside this one was quicker: its folder holds the same
-            if not (target / "manifest.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        blocks = min(len(indices), 2 * cpus)  # few blocks with several chunks each: a block costs tens of milliseconds
+        items = [{"index": i} for i in indices]
+        results = ray.data.from_items(items, override_num_blocks=blocks).map(one).iter_rows()
+        for count, _ in enumerate(results, 1):
+            self.progress(count, len(indices))
+
+    def _pack(self, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The shards' rows in packs, a window of consecutive shards at a time."""
+        windows: list[list[str]] = [[]]
+        rows = tokens = 0
+        for chunk in done:
+            if not chunk["shard"]:
+                continue
+            if windows[-1] and (rows + chunk["shard"]["rows"] > PACK_ROWS or tokens + chunk["tokens"] > PACK_TOKENS):
+                windows.append([])
+                rows = tokens = 0
+            windows[-1].append(chunk["shard"]["file"])
+            rows, tokens = rows + chunk["shard"]["rows"], tokens + chunk["tokens"]
+        windows = [window for window in windows if window]
+        recipe, work = self.recipe, self.work
+        left = [i for i in range(len(windows)) if not (work / f"packed-{i:06}.parquet").is_file()]
+        self._map(left, lambda i, windows: pack_window(i, windows[i], recipe, work), windows)
+        shards = []
+        for i in range(len(windows)):
+            meta = pq.ParquetFile(work / f"packed-{i:06}.parquet").metadata
+            groups = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
+            shards.append({"file": f"packed-{i:06}.parquet", "rows": sum(groups), "groups": groups})
+        return shards
+
+    def _write_manifest(self, done: list[dict[str, Any]], packed: list[dict[str, Any]] | None) -> None:
+        shards = [chunk["shard"] for chunk in done if chunk["shard"]]
+        if packed is not None:
+            for shard in shards:
+                (self.work / shard["file"]).unlink()
+            shards = packed
+        rows, tokens = sum(shard["rows"] for shard in shards), sum(chunk["tokens"] for chunk in done)
+        warnings: Counter[str] = sum((Counter(chunk["warnings"]) for chunk in done), Counter())
+        read, kept = sum(chunk["read"] for chunk in done), sum(chunk["kept"] for chunk in done)
+        manifest = {
+            "rows": rows,
+            "examples": sum(chunk["examples"] for chunk in done),
+            "tokens": tokens,
+            "trained_tokens": sum(chunk["trained_tokens"] for chunk in done),
+            "longest": max((chunk["longest"] for chunk in done), default=0),
+            "fill": tokens / (rows * self.recipe.max_length) if packed and self.recipe.max_length else None,
+            "weighted": any(chunk["weighted"] for chunk in done),
+            "warnings": dict(warnings.most_common()),
+            "ledger": ledger.summary(read, kept, ledger.read_entries(self.work)),
+            "sources": [self._mixture(i, source, done, tokens) for i, source in enumerate(self.sources)],
+            "key": self.key,
+            "shards": shards,
+            "eval": [chunk["eval"] for chunk in done if chunk["eval"]],
+        }
+        (self.work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    def _mixture(self, i: int, source: DataSource, done: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+        """What was asked of a source, and what of it is really there."""
+        mine = [chunk for chunk in done if chunk["source"] == i]
+        total = {
+            name: sum(chunk[name] for chunk in mine) for name in ("read", "kept", "held_out", "examples", "tokens")
+        }
+        share = {"share_of_tokens": total["tokens"] / tokens if tokens else 0.0}
+        return source.model_dump(mode="json", exclude_none=True) | {"format": self.formats[i]} | total | share
 
 
-def _write_manifest(
-    work: Path, results: list[dict[str, Any]], key: dict[str, Any], formats: list[str], sources: Sequence[DataSource]
-) -> None:
-    shards = []
-    for result in results:
-        if result["rows"]:
-            meta = pq.ParquetFile(work / result["file"]).metadata
-            groups = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-            shards.append({"file": result["file"], "rows": result["rows"], "groups": groups})
-    rows = sum(shard["rows"] for shard in shards)
-    read = rows + sum(result["dropped"] for result in results)
-    manifest = {
-        "rows": rows,
-        "tokens": sum(result["tokens"] for result in results),
-        "trained_tokens": sum(result["trained_tokens"] for result in results),
-        "longest": max((result["longest"] for result in results), default=0),
-        "ledger": ledger.summary(read, rows, ledger.read_entries(work)),
-        "sources": [{"path": s.path, "format": f, "columns": s.columns} for s, f in zip(sources, formats, strict=True)],
-        "key": key,
-        "shards": shards,
-    }
-    (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+def mark_duplicates(work: Path, count: int) -> None:
+    """From the hashes of all chunks, the rows of each that stand in an earlier place already.
+
+    The hashes are gone through a sixteenth at a time, so memory is half a byte for each row.
+    """
+    arrays = [np.load(work / f"hashes-{i:06}.npy", mmap_mode="r") for i in range(count)]
+    repeated: list[list[np.ndarray]] = [[] for _ in arrays]
+    for part in range(16):
+        chosen = [np.flatnonzero((array[:, 1] & np.uint64(15)) == part) for array in arrays]
+        hashes = np.concatenate([array[places, 1] for array, places in zip(arrays, chosen, strict=True)])
+        again = np.ones(len(hashes), dtype=bool)
+        again[np.unique(hashes, return_index=True)[1]] = False  # the first of each is kept
+        at = 0
+        for i, places in enumerate(chosen):
+            repeated[i].append(arrays[i][places[again[at : at + len(places)]], 0])
+            at += len(places)
+    for i, rows in enumerate(repeated):
+        np.save(work / f"duplicates-{i:06}.npy", np.sort(np.concatenate(rows)).astype(np.int64))

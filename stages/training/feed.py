@@ -55,15 +55,20 @@ class Window:
     def rows(self) -> int:
         return sum(rows for _, _, rows in self.groups)
 
-    def order(self, seed: int) -> np.ndarray:
+    def order(self, seed: int | None) -> np.ndarray:
+        if seed is None:
+            return np.arange(self.rows)
         return np.random.default_rng([seed, self.epoch, self.index, 1]).permutation(self.rows)
 
 
-def windows(groups: list[Group], *, seed: int, epoch: int, window_rows: int) -> list[Window]:
-    """The windows of an epoch, in order."""
+def windows(groups: list[Group], *, seed: int | None, epoch: int, window_rows: int) -> list[Window]:
+    """The windows of an epoch, in order; without a seed that of the data."""
     out: list[Window] = []
     start, held, size = 0, [], 0
-    for i in np.random.default_rng([seed, epoch, 0]).permutation(len(groups)):
+    places = np.arange(len(groups))
+    if seed is not None:
+        places = np.random.default_rng([seed, epoch, 0]).permutation(places)
+    for i in places:
         held.append(groups[i])
         size += groups[i][2]
         if size >= window_rows:
@@ -80,7 +85,7 @@ def owned(positions: np.ndarray, rank: int, shares: Shares, first_step: int) -> 
     return mine & (positions >= first_step * shares.rows_per_step)
 
 
-def read_window(window: Window, rank: int, shares: Shares, seed: int, first_step: int) -> Iterator[pa.Table]:
+def read_window(window: Window, rank: int, shares: Shares, seed: int | None, first_step: int) -> Iterator[pa.Table]:
     """The worker's rows of a window, in order, with their `position` in the epoch."""
     positions = window.start + np.arange(window.rows)
     mine = owned(positions, rank, shares, first_step)
@@ -106,11 +111,12 @@ class Feed:
     Args:
         groups: the row groups of the prepared data (`Prepared.row_groups()`).
         steps: optimiser steps in all, over all epochs; the feed ends there.
+        seed: of the order of the rows; None leaves them in that of the data.
         start_step: optimiser steps already done.
     """
 
     def __init__(
-        self, groups: list[Group], *, rank: int, shares: Shares, steps: int, seed: int, start_step: int = 0
+        self, groups: list[Group], *, rank: int, shares: Shares, steps: int, seed: int | None, start_step: int = 0
     ) -> None:
         self.groups, self.rank, self.shares, self.steps, self.seed = groups, rank, shares, steps, seed
         self.rows = sum(rows for _, _, rows in groups)
@@ -193,10 +199,10 @@ Collator = Callable[[list[Row]], dict[str, Any]]
 class FeedLoader:
     """The feed as the dataloader that transformers' Trainer wants: collated micro-batches, with a length.
 
-    A micro-batch carries `row_weight`, by which a mean over its rows must be multiplied for the mean over workers and
-    accumulation steps to be the mean over all rows of the step (it is not 1 only in an epoch's last step). An empty one is
-    a placeholder row of weight 0, since every worker must run the same number of backward passes. `ragged` says that workers
-    may hold different numbers of rows in this step.
+    A micro-batch carries its number of `rows`, and `row_weight`, by which a mean over its rows must be multiplied for the
+    mean over workers and accumulation steps to be the mean over all rows of the step (it is not 1 only in an epoch's last
+    step). An empty one is a placeholder row of weight 0, since every worker must run the same number of backward passes.
+    `ragged` says that workers may hold different numbers of rows in this step.
     """
 
     def __init__(self, feed: Feed, collate: Collator, placeholder: Row) -> None:
@@ -211,6 +217,7 @@ class FeedLoader:
         for rows in self.feed:
             step_rows = self.feed.rows_in_step(self.feed.step - 1)
             batch = self.collate(rows or [self.placeholder])
+            batch["rows"] = len(rows)
             batch["row_weight"] = len(rows) * micro_batches_per_step / step_rows
             batch["ragged"] = step_rows < shares.rows_per_step
             yield batch

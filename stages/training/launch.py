@@ -51,10 +51,10 @@ def connect(address: str) -> None:
     @ray.remote(num_cpus=0)
     def warm_up() -> None:
         import stages.data.prepare
-        from stages.data.chat import CHATML, compile_template
+        from stages.data.chat import CHATML
+        from stages.data.template import ChatTemplate
 
-        assert stages.data.prepare
-        compile_template(CHATML)
+        assert stages.data.prepare and ChatTemplate(CHATML, {})
 
     warm_up.remote()
 

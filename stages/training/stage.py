@@ -9,13 +9,14 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from stages.base import ArtifactKind, Stage, StageContext, StageResult
-from stages.data.chat import IGNORE, TrainOn, tokenizer_spec
+from stages.base import ArtifactKind, Share, Stage, StageContext, StageResult
+from stages.data.chat import IGNORE, tokenizer_spec
 from stages.data.encode import Recipe, Task
-from stages.data.ledger import read_entries, write_entries
+from stages.data.ledger import check_lost, read_entries, write_entries
 from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
+from stages.data.truncate import Truncation
 from stages.training.arguments import Full, Lora, TrainConfig
 from stages.training.deepspeed import deepspeed_config
 from stages.training.launch import launch, quiet_ray
@@ -31,6 +32,15 @@ class TrainStage(Stage):
     data: list[DataSource] = Field(min_length=1)
     train: TrainConfig
     tuning: Annotated[Full | Lora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
+    truncation: Truncation = Field(
+        default="drop",
+        description="Rows longer than max_length: refuse (stop the run), drop (to the ledger), or cut left or right.",
+    )
+    max_dropped: Share = Field(
+        default=0.01, description="Rows that may be lost before the run is stopped: 1%, or a share of 1."
+    )
+    deduplicate: bool = Field(default=False, description="Leave out rows that are exactly the same as an earlier one.")
+    shuffle: bool = Field(default=True, description="Shuffle the rows of each epoch, drawn from the spec's seed.")
     deepspeed: str | None = Field(default=None, description="zero0 .. zero3, or the path of a DeepSpeed JSON file.")
     workers: int | None = Field(default=None, ge=1, description="Workers of this stage, where not the cluster's.")
 
@@ -48,12 +58,16 @@ class TrainStage(Stage):
     def max_length(self) -> int:
         return self.train.given().get("max_length") or self.default_max_length
 
-    def recipe(self, tokenizer: Any) -> Recipe:
+    def recipe(self, tokenizer: Any, seed: int) -> Recipe:
         """How this stage's rows become tokens."""
-        return Recipe(self.task, tokenizer_spec(tokenizer), self.train_on(), self.max_length)
-
-    def train_on(self) -> TrainOn:
-        return "assistant"
+        return Recipe(
+            self.task,
+            tokenizer_spec(tokenizer),
+            max_length=self.max_length,
+            truncation=self.truncation,
+            deduplicate=self.deduplicate,
+            seed=seed,
+        )
 
     def lora(self) -> dict[str, Any] | None:
         """PEFT's options, or None for full training."""
@@ -69,11 +83,15 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
     imports = threading.Thread(target=import_trainers)
     imports.start()
     data = prepare(
-        stage.data, stage.recipe(tokenizer), ctx.prepared, lambda done, total: ctx.report.progress(done, total, "chunk")
+        stage.data,
+        stage.recipe(tokenizer, ctx.seed),
+        ctx.prepared,
+        lambda done, total: ctx.report.progress(done, total, "chunk"),
     )
     imports.join()
     write_ledger(data, ctx.work)
-    arguments = {k: v for k, v in stage.train.given().items() if k != "max_length"}
+    check_lost(data.manifest["ledger"], stage.max_dropped, refuse_long=stage.truncation == "refuse")
+    arguments = {k: v for k, v in stage.train.given().items() if k not in ("max_length", "packing")}
     job = TrainJob(
         task=stage.task,
         model=model,
@@ -86,6 +104,10 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         chat_template=ctx.chat_template,
         stop_ids=stop_ids(data),
         seed=ctx.seed,
+        shuffle=stage.shuffle,
+        weighted=data.manifest["weighted"],
+        packed=data.manifest["fill"] is not None,
+        held_out=data.row_groups("eval"),
     )
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
     outcome = launch(
@@ -103,6 +125,9 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         "trained_tokens": trained,
         "epochs": outcome["epochs"],
         "ledger": data.manifest["ledger"],
+        "mixture": data.manifest["sources"],
+        "warnings": data.manifest["warnings"],
+        "fill": data.manifest["fill"],
     }
     return StageResult(metrics, rows=data.rows, tokens=data.tokens, steps=outcome["steps"], details=details)
 

@@ -21,9 +21,12 @@ from stages.training.feed import Feed, FeedLoader, Group, Row, Shares
 from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
 
 PLACEHOLDERS: dict[str, Row] = {
-    "conversation": {"input_ids": [0, 0], "labels": [-100, -100]},
+    "conversation": {"input_ids": [0, 0], "labels": [-100, -100], "weights": None},
     "preference": {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]},
 }
+
+
+OF_THE_FEED = ("rows", "row_weight", "ragged")  # what a batch carries besides the model's inputs
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class TrainJob:
     chat_template: str | None = None
     stop_ids: list[int] = field(default_factory=list)  # tokens that end an answer, for the generation config
     seed: int = 0
+    shuffle: bool = True
+    weighted: bool = False  # the data has per-token weights
+    packed: bool = False  # rows are packs of documents
+    held_out: list[Group] = field(default_factory=list)  # rows to evaluate on after training
+
+    @property
+    def placeholder(self) -> Row:
+        row = PLACEHOLDERS[self.task]
+        return row | {"lengths": [2]} if self.packed else row
 
 
 class Fed:
@@ -63,7 +75,8 @@ class Fed:
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        weight, uneven = inputs.pop("row_weight", 1.0), inputs.pop("ragged", False)
+        weight, uneven = inputs.get("row_weight", 1.0), inputs.get("ragged", False)
+        inputs = {k: v for k, v in inputs.items() if k not in OF_THE_FEED}
         with ragged_gathers(self.accelerator, weight > 0) if uneven else nullcontext():  # type: ignore[attr-defined]
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if self.token_normalised or weight == 1.0:
@@ -159,14 +172,18 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     rows = sum(count for _, _, count in job.groups)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * shares.steps(rows))
     checkpoint, done = last_checkpoint(job.work / "checkpoints")
-    feed = Feed(job.groups, rank=rank, shares=shares, steps=total, seed=job.seed, start_step=done)
-    trainer.loader = FeedLoader(feed, trainer.data_collator, PLACEHOLDERS[job.task])
+    order = job.seed if job.shuffle else None
+    feed = Feed(job.groups, rank=rank, shares=shares, steps=total, seed=order, start_step=done)
+    trainer.loader = FeedLoader(feed, trainer.data_collator, job.placeholder)
     if rank == 0:
         Reporter(job.work).rewind(done)
     started = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)  # of a finished checkpoint the feed gives nothing more to train
     seconds = time.time() - started
+    held_out = evaluate_held_out(trainer, job, rank, workers) if job.held_out else {}
     if rank == 0:
+        if held_out:
+            Reporter(job.work).metrics(trainer.state.global_step, held_out)
         Reporter(job.work).phase("export")
     _save(trainer, job, rank)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -175,9 +192,35 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         "epochs": feed.epochs,
         "seconds": round(seconds, 3),
         "resumed_at_step": done,
-        "last": history[-1] if history else {},
+        "last": (history[-1] if history else {}) | held_out,
         "first": history[0] if history else {},
     }
+
+
+def evaluate_held_out(trainer: Any, job: TrainJob, rank: int, workers: int) -> dict[str, float]:
+    """The trained model on the rows that were held out: the mean over tokens (conversations) or over pairs, as `eval_*`."""
+    import torch
+
+    shares = Shares(workers, trainer.args.per_device_train_batch_size)
+    rows = sum(count for _, _, count in job.held_out)
+    feed = Feed(job.held_out, rank=rank, shares=shares, steps=shares.steps(rows), seed=None)
+    model = trainer.model_wrapped
+    model.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in FeedLoader(feed, trainer.data_collator, PLACEHOLDERS[job.task]):
+            examples = batch["rows"]
+            inputs = trainer._prepare_inputs(batch)
+            if trainer.token_normalised:
+                inputs = {k: v for k, v in inputs.items() if k not in (*OF_THE_FEED, "loss_weights")}
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+                total, count = total - float(outputs.log_probs.sum()), count + float(outputs.label_mask.sum())
+            else:
+                shared = {"row_weight": float(examples > 0), "ragged": workers > 1}
+                total, count = total + float(trainer.compute_loss(model, inputs | shared)) * examples, count + examples
+    model.train()
+    sums = trainer.accelerator.reduce(torch.tensor([total, count], device=trainer.args.device), "sum")
+    return {"eval_loss": float(sums[0] / sums[1].clamp(min=1)), "eval_rows": rows}
 
 
 def last_checkpoint(folder: Path) -> tuple[str | None, int]:
@@ -201,7 +244,7 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
         from peft import LoraConfig
 
         peft_config = LoraConfig(task_type="SEQ_CLS" if job.reward else "CAUSAL_LM", **job.lora)
-    placeholder = datasets.Dataset.from_list([PLACEHOLDERS[job.task]])
+    placeholder = datasets.Dataset.from_list([{k: v for k, v in PLACEHOLDERS[job.task].items() if v is not None}])
     parts = TrainerParts(job, load_tokenizer(job.model, job.chat_template), placeholder, peft_config, on_cpu)
     trainer = build(parts)
     trainer.remove_callback(transformers.PrinterCallback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.data import source
+from stages.data import chunks
+from stages.data import prepare as preparation
 from stages.data.chat import IGNORE, tokenizer_spec
 from stages.data.encode import Recipe
-from stages.data.ledger import read_entries
+from stages.data.ledger import check_lost, read_entries
 from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.errors import DataError
@@ -33,7 +35,7 @@ def test_rows_read_are_rows_kept_and_rows_in_the_ledger(
     lines[3:3] = ['{"messages": ', '{"messages": [{"role": "user", "content": "Hi"}]}', '{"messages": []}', "[1]"]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(source, "CHUNK_BYTES", 4000)  # several tasks, several shards
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4000)  # several tasks, several shards
     made = prepare(
         [DataSource(path=str(path), format="messages")], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path
     )
@@ -104,22 +106,129 @@ def test_prepared_data_is_reused_by_content(tmp_path: Path, data: Path, tokenize
         tmp_path / "p",
     )
     assert other.path != first.path
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == sorted({first.path.name, other.path.name})
+    folders = sorted(p.name for p in (tmp_path / "p").iterdir() if p.is_dir())
+    assert folders == sorted({first.path.name, other.path.name})
+
+
+@pytest.mark.parametrize(
+    ("max_dropped", "says"),
+    [
+        (0.01, r"3 of 20 rows \(15.0%\) cannot be trained on; `max_dropped` allows 1.0%:\n  no_assistant_turn 2, for example "
+         r".*x.jsonl, row 19: .*\n  wrong_type 1, .*\nMend"),
+        (0.2, None),
+    ],
+)  # fmt: skip
+def test_a_run_stops_where_too_much_is_lost(
+    tmp_path: Path, tokenizer: Any, max_dropped: float, says: str | None
+) -> None:
+    good = [{"prompt": f"a{i}", "completion": "b"} for i in range(17)]
+    bad = [
+        {"prompt": 1, "completion": "b"},
+        *[{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "user", "content": "b"}]}] * 2,
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", good + bad)
+    made = prepare([DataSource(path=str(path))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path)
+    if says is None:
+        return check_lost(made.manifest["ledger"], max_dropped)
+    with pytest.raises(DataError, match=says):
+        check_lost(made.manifest["ledger"], max_dropped)
 
 
 def test_data_of_which_no_row_can_be_used(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
-    with pytest.raises(
-        DataError, match=r"none of the 1 rows can be used: no_assistant_turn 1; for example .*x.jsonl, row 1"
-    ):
-        prepare([DataSource(path=str(path))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path)
+    made = prepare([DataSource(path=str(path))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path)
+    with pytest.raises(DataError, match=r"none of the 1 rows can be used:\n  no_assistant_turn 1, .*x.jsonl, row 1"):
+        check_lost(made.manifest["ledger"], 1.0)
+
+
+def test_a_mixture_is_what_its_manifest_says(tmp_path: Path, tokenizer: Any) -> None:
+    """Weights above and below 1, a filter, a split and duplicates: every row is where it should be, and counted."""
+    a = [{"prompt": f"a {i}", "completion": f"x {i}", "lang": "en" if i % 2 else "de"} for i in range(200)]
+    b = [{"prompt": f"b {i}", "completion": f"y {i}"} for i in range(300)]
+    sources = [
+        DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", [*a, *a[:50]])), filter="lang == 'en'", weight=2.5),
+        DataSource(path=str(write_jsonl(tmp_path / "b.jsonl", b)), weight=0.5, eval="10%"),
+    ]
+    recipe = Recipe("conversation", tokenizer_spec(tokenizer), deduplicate=True, seed=3)
+    made = prepare(sources, recipe, tmp_path / "p")
+    seen = Counter(tokenizer.decode([t for t in row["labels"] if t != IGNORE]) for row in made.read())
+    of_a = {text: n for text, n in seen.items() if text.startswith("x")}
+    of_b = {text: n for text, n in seen.items() if text.startswith("y")}
+    assert len(of_a) == 100 and set(of_a.values()) == {2, 3}
+    assert 230 < sum(of_a.values()) < 270 and set(of_b.values()) == {1} and 100 < len(of_b) < 170
+    ledger = made.manifest["ledger"]
+    held = sum(shard["rows"] for shard in made.manifest["eval"])
+    assert ledger["reasons"]["filtered"] == 125 and ledger["reasons"]["duplicate"] == 25
+    assert ledger["reasons"]["held_out"] == held and 15 < held < 50
+    assert ledger["reasons"]["weight"] + held + len(of_b) == 300
+    assert ledger["read"] == 550 == ledger["kept"] + sum(ledger["reasons"].values())
+    check_lost(ledger, 0.0)  # all of it was asked for
+    mixture = made.manifest["sources"]
+    assert [s["examples"] for s in mixture] == [sum(of_a.values()), len(of_b)] and made.rows == sum(seen.values())
+    assert sum(s["share_of_tokens"] for s in mixture) == pytest.approx(1.0)
+    other = prepare(sources, dataclasses.replace(recipe, seed=4), tmp_path / "p")
+    assert {r["row"] for r in other.read()} != {r["row"] for r in made.read()}
+
+
+def test_packing_keeps_every_token_and_leaves_little_room(
+    tmp_path: Path, data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4000)
+    spec, sources = tokenizer_spec(tokenizer), [DataSource(path=str(data / "chats.jsonl"))]
+    plain = prepare(sources, Recipe("conversation", spec, max_length=400), tmp_path)
+    packed = prepare(sources, Recipe("conversation", spec, max_length=400, packing=True), tmp_path)
+    assert packed.tokens == plain.tokens and packed.rows < plain.rows / 2
+    assert packed.manifest["fill"] == packed.tokens / (packed.rows * 400) > 0.9
+    documents = Counter()
+    for pack in packed.read():
+        assert sum(pack["lengths"]) == len(pack["input_ids"]) <= 400
+        at = 0
+        for length, row in zip(pack["lengths"], pack["rows"], strict=True):
+            documents[row, tuple(pack["input_ids"][at : at + length]), tuple(pack["labels"][at : at + length])] += 1
+            at += length
+    assert documents == Counter((r["row"], tuple(r["input_ids"]), tuple(r["labels"])) for r in plain.read())
+
+
+def test_preparation_goes_on_where_it_stopped(
+    tmp_path: Path, data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4000)
+    recipe, sources = Recipe("conversation", tokenizer_spec(tokenizer)), [DataSource(path=str(data / "chats.jsonl"))]
+    whole = prepare(sources, recipe, tmp_path / "whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(sources, recipe, tmp_path / "p", stop)
+    (work,) = (tmp_path / "p").glob(".making-*")
+    done = {path.name: path.stat().st_mtime_ns for path in work.glob("done-*.json")}
+    shards = {name.replace("done", "shard").replace("json", "parquet") for name in done}
+    stamps = {path.name: path.stat().st_mtime_ns for path in work.glob("shard-*.parquet") if path.name in shards}
+    assert stamps
+    made = prepare(sources, recipe, tmp_path / "p")
+    assert made.read() == whole.read() and not list((tmp_path / "p").glob(".making-*"))
+    assert {name: (made.path / name).stat().st_mtime_ns for name in stamps} == stamps
+
+
+def test_no_more_than_a_few_rows_are_held_at_a_time(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "GROUP_ROWS", 64)
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(1000)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    made = prepare(
+        [DataSource(path=str(tmp_path / "a.json"))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path
+    )
+    assert [row["row"] for row in made.read()] == list(range(1, 1001))
 
 
 def test_an_expected_answer_is_for_evaluation_and_never_trained(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"messages": [{"role": "user", "content": "a"}], "expected": "b"}]
     path, spec = write_jsonl(tmp_path / "x.jsonl", rows), tokenizer_spec(tokenizer)
-    with pytest.raises(DataError, match="no_assistant_turn"):
-        prepare([DataSource(path=str(path))], Recipe("conversation", spec), tmp_path / "p")
+    trained = prepare([DataSource(path=str(path))], Recipe("conversation", spec), tmp_path / "p")
+    assert trained.rows == 0 and trained.manifest["ledger"]["reasons"] == {"no_assistant_turn": 1}
     (row,) = prepare([DataSource(path=str(path))], Recipe("evaluation", spec), tmp_path / "p").read()
     assert row["expected"] == "b" and row["prompt"].endswith("<|im_start|>assistant\n")
 
@@ -130,7 +239,7 @@ def test_the_feed_streams_through_ray_data_what_is_left(
 ) -> None:
     """Several windows, two epochs of 26 steps, two workers: from any step on, exactly the rows that were next."""
     monkeypatch.setattr(feed_module, "WINDOW_ROWS", 20)
-    monkeypatch.setattr(source, "CHUNK_BYTES", 4000)  # several shards, so several row groups
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4000)  # several shards, so several row groups
     made = prepare(
         [DataSource(path=str(data / "chats.jsonl"))], Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path
     )
