@@ -90,25 +90,28 @@ def _cluster_resources() -> dict[str, float] | None:
 @app.command()
 def inspect(
     spec: SpecPath,
-    stage: Annotated[str | None, typer.Option(help="The stage; the first that trains if absent.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3,
+    stage: Annotated[str | None, typer.Option(help="The stage; all that read data if absent.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Rows to show of each stage.")] = 3,
     set: Overrides = None,
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
 ) -> None:
     """Real rows as the model will see them, what is trained of them, and what is left out and why."""
-    from pipeline import inspection
+    from pipeline.inspection import as_json as contract
+    from pipeline.inspection import inspect as look
+    from pipeline.inspection import page, terminal
     from pipeline.plan import make_plan
     from pipeline.spec_reader import load_spec
 
-    found = inspection.inspect(make_plan(load_spec(spec, set or [])), stage, n)
+    plan = make_plan(load_spec(spec, set or []))
+    found = look(plan, stage, n)
     if html is not None:
-        html.write_text(inspection.render_html(found))
+        html.write_text(page.render(found, plan.spec.name), encoding="utf-8")
         console.print(f"written: {html}", highlight=False)
     elif as_json:
-        print(json.dumps(found.as_json(), indent=1))
+        print(json.dumps(contract(found), indent=1))
     else:
-        console.print(inspection.render(found))
+        terminal.show(found, console)
 
 
 @app.command()

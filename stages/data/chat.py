@@ -182,7 +182,6 @@ class ChatEncoder:
         self._layouts: dict[tuple[str, ...], Layout | None] = {}
         # Reasoning tags are what a data set means them to be, even where a tokenizer calls them special.
         guarded = [token for token in self.control if not THINK.fullmatch(token)]
-        self._all_control = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
         self._guarded = re.compile("|".join(map(re.escape, sorted(guarded, key=len, reverse=True))) or r"(?!)")
         self._prefixes = tuple({token[:2] for token in guarded})  # a quick look before the slow one
 
@@ -404,7 +403,7 @@ class ChatEncoder:
             if ranges is None:
                 if self._lengths is not None:
                     encoding = self.tokenizer.encode(job.text, add_special_tokens=False)
-                ranges = _ranges_by_offsets(job, encoding.offsets)
+                ranges = self._ranges_by_offsets(job, encoding.offsets)
             yield _labelled(job, row, ranges, self.spec.eos_token)
 
     def _spelled(self, job: _Job) -> list[tuple[int, int]]:
@@ -431,28 +430,66 @@ class ChatEncoder:
         blotted = list(job.text)
         for start, end in places:
             blotted[start:end] = "x" * (end - start)
-        own = [m.span() for m in self._all_control.finditer("".join(blotted))]
-        whole = self.tokenizer.encode("".join(blotted), add_special_tokens=False)
-        if self._in_pieces("".join(blotted), own) != (whole.ids, whole.offsets):
-            return Refused("control_token_in_content", f"{spelled!r} at character {a} cannot be told from the real one")
-        ids, offsets = self._in_pieces(job.text, own)
-        job = replace(job, warnings=job.warnings | {"control_token_as_text"})
-        return _labelled(job, ids, _ranges_by_offsets(job, offsets), self.spec.eos_token)
+        masked = "".join(blotted)
+        whole = self.tokenizer.encode(masked, add_special_tokens=False)
+        special = set(self._control_ids.values())
+        own = [(i, *place) for i, place in zip(whole.ids, whole.offsets, strict=True) if i in special]
+        for before in ("", "\n"):
+            if self._in_pieces(masked, own, before) == (whole.ids, whole.offsets):
+                ids, offsets = self._in_pieces(job.text, own, before)
+                if self.tokenizer.decode(ids, skip_special_tokens=False).count(spelled) < job.text.count(spelled):
+                    break  # the tokenizer cannot write it ("▁" is its space)
+                job = replace(job, warnings=job.warnings | {"control_token_as_text"})
+                return _labelled(job, ids, self._ranges_by_offsets(job, offsets), self.spec.eos_token)
+        return Refused("control_token_in_content", f"{spelled!r} at character {a} cannot be told from the real one")
 
-    def _in_pieces(self, text: str, own: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _in_pieces(
+        self, text: str, own: list[tuple[int, int, int]], before: str
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, offsets) of a text whose control tokens are `own` (id, start, end), and nothing else.
+
+        `before` is put before each piece and its tokens taken off again, for tokenizers that put a space before a text.
+        """
         plain = load_tokenizer_json(self.spec.json, control_as_text=True)
+        lead = len(plain.encode(before, add_special_tokens=False).ids) if before else 0
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        for start, end in [*own, (len(text), len(text))]:
-            piece = plain.encode(text[at:start], add_special_tokens=False)
-            ids += piece.ids
-            offsets += [(a + at, b + at) for a, b in piece.offsets]
-            if start < end:
-                ids.append(self._control_ids[text[start:end]])
+        for token, start, end in [*own, (-1, len(text), len(text))]:
+            if at < start:
+                here = before if at else ""
+                piece = plain.encode(here + text[at:start], add_special_tokens=False)
+                skip = lead if here else 0
+                ids += piece.ids[skip:]
+                offsets += [(max(a - len(here), 0) + at, b - len(here) + at) for a, b in piece.offsets[skip:]]
+            if token >= 0:
+                ids.append(token)
                 offsets.append((start, end))
             at = end
         return ids, offsets
+
+    def _ranges_by_offsets(self, job: _Job, offsets: list[tuple[int, int]]) -> list[TokenRange]:
+        """The tokens of each turn by their characters. Tokens without any (a prefix that was added) are not trained.
+
+        A stop token may take the white space after it along (`rstrip`, as Phi-3's do): it is trained all the same.
+        """
+        ranges, at = [], 0
+        for _, start, end in job.turns:
+            exact = True
+            while at < len(offsets) and (offsets[at][0] < start or offsets[at][0] == offsets[at][1]):
+                exact = exact and offsets[at][1] <= start
+                at += 1
+            first = at
+            while at < len(offsets) and offsets[at][1] <= end and offsets[at][0] < end:
+                at += 1
+            if at < len(offsets) and offsets[at][0] < end:
+                a, b = offsets[at]
+                if job.text[a:end].strip() in self._control_ids and job.text[end:b].isspace():
+                    at += 1
+                else:
+                    exact = False
+            ranges.append(TokenRange(first, at, exact))
+        return ranges
 
 
 def _bare(message: Message) -> Message:
@@ -508,22 +545,6 @@ def _fill(layout: Layout, messages: Sequence[Message], text: str) -> _Spans | No
         return None
     turns = [(n, contents[n][0] - before, contents[n][1] + after) for n, before, after in layout.turns]
     return _Spans(text, turns, contents, layout.warnings, layout.rewritten)
-
-
-def _ranges_by_offsets(job: _Job, offsets: list[tuple[int, int]]) -> list[TokenRange]:
-    """The tokens of each turn by their characters. Tokens without any (a prefix that the tokenizer added) are not trained."""
-    ranges, at = [], 0
-    for _, start, end in job.turns:
-        exact = True
-        while at < len(offsets) and (offsets[at][0] < start or offsets[at][0] == offsets[at][1]):
-            exact = exact and offsets[at][1] <= start
-            at += 1
-        first = at
-        while at < len(offsets) and offsets[at][1] <= end and offsets[at][0] < end:
-            at += 1
-        exact = exact and not (at < len(offsets) and offsets[at][0] < end)
-        ranges.append(TokenRange(first, at, exact))
-    return ranges
 
 
 def _labelled(job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | None) -> Encoded | Refused:

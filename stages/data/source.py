@@ -66,7 +66,7 @@ class DataSource(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataSource:
-        given = [name for name in ("split", "name", "revision") if name in self.model_fields_set]
+        given = [name for name in ("split", "name", "revision") if getattr(self, name) not in (None, "train")]
         if given and not self.path.startswith(hub.SCHEME):
             raise ValueError(f"{', '.join(given)}: only for hf:// datasets, {self.path} is read as files")
         if self.messages is not None and self.format not in (None, "messages"):

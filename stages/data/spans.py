@@ -270,8 +270,10 @@ class _Conversation:
             raise _Refusal("prompt_not_prefix", f"turn {i}: {_difference(prompt or '', self.text)}")
         self.warnings.add("prompt_differs")
         begin, _ = self.segments[i]
-        start, _ = self.contents.get(i, (-1, -1))
-        if start >= begin and self._is_plain(i):
+        start, end = self.contents.get(i, (-1, -1))
+        message = self.messages[i]
+        alone = not _calls(message) and not _reasoning(message) and self.text[start:end] == _core(message)
+        if start >= begin and alone:  # the turn is its content: all before it is header
             return begin + len(self.text[begin:start].rstrip(" "))
         for candidate in self._headers(i):
             length = self._header_length(candidate, header)

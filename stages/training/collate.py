@@ -17,7 +17,8 @@ def conversation_collator(
     """A function of rows that gives `input_ids` and `labels` (rows, longest), padded on the right, and
 
     - `attention_mask` for rows that are one document each, or, for packs, `position_ids` that begin anew with each
-      document and no mask: from those transformers makes masks in which documents (and padding) do not see each other;
+      document and no mask: from those transformers makes masks in which documents (and padding) do not see each other,
+      but only where the model is called with `use_cache=False`, as trainers do;
     - `loss_weights` where the data is `weighted`.
     """
 

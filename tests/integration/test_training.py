@@ -8,15 +8,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from stages import KINDS, StageContext
 from stages.base import Artifact, Resources, StageResult
+from stages.scoring import trained_token_loss
 from stages.training import stage as training_stage
 from stages.training import trainer as trainer_module
 from stages.training.feed import FeedLoader
+
+from ..conftest import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -26,18 +31,19 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 2e-4
 
 
 def run(
-    folder: Path, model: str, kind: str, data: Path, workers: int = 1, **config: Any
+    folder: Path, model: str, kind: str, data: Path, workers: int = 1, config: dict[str, Any] | None = None, **more: Any
 ) -> tuple[StageResult, list[float]]:
     """A stage in the folder, and the losses of its steps. One worker without DeepSpeed runs in this process."""
     folder.mkdir(parents=True)
-    stage = KINDS[kind].model_validate({"kind": kind, "data": [{"path": str(data)}], **config})
+    config = (config or {}) | more
+    stage = KINDS[kind].model_validate({"kind": kind, "data": [{"path": str(data)}]} | config)
     context = StageContext(
         "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)]},
         resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
     )  # fmt: skip
     result = stage.run(context)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return result, [line["loss"] for line in lines]
+    return result, [line["loss"] for line in lines if "loss" in line]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -137,8 +143,6 @@ def test_every_row_reaches_the_trainer_once_an_epoch(
 
 
 def test_lora_is_merged_into_a_plain_model(tmp_path: Path, model: str, data: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     run(tmp_path / "sft", model, "sft", data / "chats.jsonl", train=train(8), tuning={"method": "lora", "r": 4})
     base, made = (
         AutoModelForCausalLM.from_pretrained(model),
@@ -237,3 +241,40 @@ def test_two_workers_evaluate_to_the_same_figures(tmp_path: Path, model: str, da
         {k: v for k, v in two.items() if isinstance(v, float)}, rel=1e-5
     )
     assert found[0].details["samples"] == found[1].details["samples"]
+
+
+def test_packed_weighted_rows_train_and_held_out_rows_are_evaluated(tmp_path: Path, model: str, data: Path) -> None:
+    """With a learning rate of 0 nothing is learned: the loss of every way to see the data is the same."""
+    rows = [json.loads(line) for line in (data / "chats.jsonl").open()]
+    for row in rows:
+        row["messages"][-1]["weight"] = 0.5
+    path = write_jsonl(tmp_path / "weighted.jsonl", rows)
+    still = train(101, learning_rate=1e-30, weight_decay=0.0)
+    _, (plain,) = run(tmp_path / "a", model, "sft", path, train=still | {"max_length": 400})
+    _, (packed,) = run(tmp_path / "b", model, "sft", path, train=still | {"max_length": 400, "packing": True})
+    assert packed == pytest.approx(plain, rel=1e-6)
+    _, (unweighted,) = run(tmp_path / "c", model, "sft", data / "chats.jsonl", train=still)
+    assert abs(unweighted - plain) > 1e-4
+    split = [{"path": str(data / "chats.jsonl"), "eval": "20%"}]
+    for name, workers, packing in (("d", 1, True), ("e", 2, False)):
+        config = {
+            "data": split,
+            "train": still | {"per_device_train_batch_size": 3, "max_length": 400, "packing": packing},
+        }
+        result, _ = run(tmp_path / name, model, "sft", data / "chats.jsonl", workers, config)
+        held = result.metrics["eval_rows"]
+        assert 10 < held < 32 and result.details["ledger"]["reasons"] == {"held_out": held}
+        evaluated = [r for f in (tmp_path / "prepared").glob("*/eval-*.parquet") for r in pq.read_table(f).to_pylist()]
+        sums = trained_token_loss(AutoModelForCausalLM.from_pretrained(model), evaluated, 0, 8)
+        assert result.metrics["eval_loss"] == pytest.approx(sums["nll"] / sums["tokens"], rel=1e-5)
+
+
+def test_held_out_pairs_are_evaluated_by_any_number_of_workers(tmp_path: Path, model: str, data: Path) -> None:
+    split = [{"path": str(data / "pairs.jsonl"), "eval": "30%"}]
+    losses = []
+    for workers in (1, 2):
+        result, _ = run(
+            tmp_path / str(workers), model, "dpo", data / "pairs.jsonl", workers, {"data": split, "train": train(4 // workers)}
+        )
+        losses.append(result.metrics["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] < math.log(2)
