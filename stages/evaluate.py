@@ -59,6 +59,10 @@ class Evaluate(Stage):
     produces: ClassVar = "metrics"
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"models": ("model", "reward model")}
 
+    def recipe(self, task: Task, tokenizer: Any) -> Recipe:
+        """How held-out rows become tokens."""
+        return Recipe(task, tokenizer_spec(tokenizer))
+
     def run(self, ctx: StageContext) -> StageResult:
         quiet_ray()
         (ctx.work / "metrics.jsonl").unlink(missing_ok=True)
@@ -73,7 +77,7 @@ class Evaluate(Stage):
             tokenizer = load_tokenizer(artifact.model, ctx.chat_template)
             tasks: list[tuple[Task, list[DataSource]]] = [("evaluation", chats), ("preference", pairs)]
             prepared = {
-                task: prepare(sources, Recipe(task, tokenizer_spec(tokenizer)), ctx.prepared)
+                task: prepare(sources, self.recipe(task, tokenizer), ctx.prepared)
                 for task, sources in tasks
                 if sources and not (task == "evaluation" and artifact.kind == "reward model")
             }

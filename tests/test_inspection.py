@@ -122,10 +122,10 @@ def test_each_turn_of_a_template_that_rewrites_history_is_shown_with_its_own_tex
 
 
 def test_a_pair_has_its_prompt_once(tokenizer: Any) -> None:
-    (chosen, rejected), outcome = shown(tokenizer, *ROWS["pair"])
+    (chosen, rejected), _ = shown(tokenizer, *ROWS["pair"])
     assert chosen.text[: chosen.answer_at] == rejected.text[: rejected.answer_at]
     assert chosen.text[chosen.answer_at :] == DIALOG[-1]["content"] + "<|im_end|>"
-    (chosen, _), outcome = shown(tokenizer, *ROWS["pair cut left"])
+    (chosen, _), _ = shown(tokenizer, *ROWS["pair cut left"])
     assert chosen.cut[0] > 0 and chosen.cut[1] == 0
     assert chosen.text.endswith("assistant\n" + DIALOG[-1]["content"] + "<|im_end|>")
 
@@ -152,7 +152,7 @@ def test_a_left_cut_keeps_the_first_token(tokenizer: Any) -> None:
 
 
 def test_token_borders_where_content_spells_a_control_token(tokenizer: Any) -> None:
-    (example,), outcome = shown(tokenizer, *ROWS["control token"])
+    (example,), _ = shown(tokenizer, *ROWS["control token"])
     assert "control_token_as_text" in example.warnings
     spelled = [p for p in example.pieces() if p.role == "user" and p.special]
     assert [p.text for p in spelled] == ["<|im_start|>", "<|im_end|>"]  # the template's own

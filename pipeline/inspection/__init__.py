@@ -105,7 +105,7 @@ def _parts(planned: PlannedStage, tokenizer: Any, seed: int) -> Iterator[Part]:
     for task in ("evaluation", "preference"):
         mine = [(s, f) for s, f in by_format if (f == "preference") == (task == "preference")]
         if mine:
-            recipe = Recipe(task, tokenizer_spec(tokenizer))
+            recipe = stage.recipe(task, tokenizer)
             yield Part(recipe, [s for s, _ in mine], [f for _, f in mine], stage.max_dropped)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,7 @@ def _of_sequence(
         {w for w, label in zip(made.get("weights") or [], made["labels"], strict=False) if label != IGNORE}
     )
     about = about | {"weights": [] if weights == [1.0] else weights, "expected": made.get("expected")}
-    cut = (0, len(whole) - len(ids)) if kept[-1] == len(ids) - 1 else (len(whole) - len(ids), 0)
+    cut = (0, len(whole) - len(ids)) if kept == list(range(len(ids))) else (len(whole) - len(ids), 0)
     return _example(seen, kept, [label != IGNORE for label in made["labels"]], file, row, encoder, about | {"cut": cut})
 
 
@@ -258,7 +258,7 @@ def _example(
         return Example(file, row, text, who, marked, tokens, sum(trained), answer_at=at, **about)
     ranges, whole = [(0, len(text))], len(kept) == len(ids)
     if not whole:
-        runs = [list(run) for _, run in groupby(kept, lambda i, count=count(): i - next(count))]  # type: ignore[misc]
+        runs = [[i for _, i in run] for _, run in groupby(enumerate(kept), lambda pair: pair[1] - pair[0])]
         ranges = [(places[run[0]][0], places[run[-1]][1]) for run in runs]
 
     def moved(at: int) -> int:

@@ -12,22 +12,18 @@ from typing import Any
 
 from pipeline.inspection.examples import ROLES, Example, Watched, examples_of
 from stages.data import ledger
-from stages.data.chat import IGNORE, WARNINGS, ChatEncoder
-from stages.data.encode import Outcome, Recipe, encode_rows, encoder_for, record_hashes
+from stages.data.chat import ChatEncoder
+from stages.data.encode import WARNINGS, Outcome, Recipe, encode_rows, encoder_for, record_hashes
 from stages.data.ledger import LedgerEntry
 from stages.data.packing import best_fit
+from stages.data.prepare import length_of, trained_of
 from stages.data.source import BadRow, DataSource, find_files, read_file
-from stages.data.truncate import CUT, STOP_CUT
 from stages.errors import DataError
 
 LOOKED_AT = 10_000  # rows of a stage that are looked at
 SAMPLED = 500  # of these the rows whose tokens are counted by who speaks them, which costs more
 BATCH = 1024  # rows that are encoded together
 BARS = 20  # of the histogram, about
-SAYS = WARNINGS | {
-    CUT: "the row is longer than max_length and was cut",
-    STOP_CUT: "the row was cut in an answer, which is trained without its stop token",
-}
 
 
 @dataclass(frozen=True)
@@ -124,8 +120,8 @@ class _Tally:
         self.kept += 1
         self.examples += outcome.copies * len(outcome.examples)
         for row in outcome.examples:
-            self.tokens += outcome.copies * _tokens(row)
-            self.trained += outcome.copies * _trained(row)
+            self.tokens += outcome.copies * length_of(row)
+            self.trained += outcome.copies * trained_of(row)
             if recipe.packing:
                 self.packable += [len(row["input_ids"])] * outcome.copies
         if len(self.first[raw.source]) < n:
@@ -223,16 +219,6 @@ def _length(row: dict[str, Any]) -> int:
     return len(row["input_ids"]) if "input_ids" in row else len(row["prompt_ids"]) + max(_sides(row), default=0)
 
 
-def _tokens(row: dict[str, Any]) -> int:
-    """What the model reads: of a pair the prompt twice."""
-    sides = _sides(row)
-    return len(row["input_ids"]) if "input_ids" in row else max(len(sides), 1) * len(row["prompt_ids"]) + sum(sides)
-
-
-def _trained(row: dict[str, Any]) -> int:
-    return len(row["labels"]) - row["labels"].count(IGNORE) if "labels" in row else sum(_sides(row))
-
-
 def _by_role(examples: Iterator[Example]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for example in examples:
@@ -273,7 +259,7 @@ def _stats(part: Part, tally: _Tally, roles: dict[str, dict[str, int]]) -> Stats
         lost=lost,
         max_dropped=part.max_dropped,
         stops=stops,
-        warnings=[{"code": code, "count": n, "says": SAYS.get(code, code)} for code, n in tally.warnings.most_common()],
+        warnings=[{"code": code, "count": n, "says": WARNINGS[code]} for code, n in tally.warnings.most_common()],
     )
 
 

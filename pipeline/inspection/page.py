@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -75,7 +75,7 @@ def _run(piece: Piece, borders: dict[int, list[int]]) -> Run:
     edges = [*([] if starts[:1] == [piece.at] else [piece.at]), *starts, end]
     bits = [
         Bit(_spelled(piece.text[a - piece.at : b - piece.at], piece.special), borders.get(a, []))
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
     return Run(bits, piece.trained, piece.special)
 

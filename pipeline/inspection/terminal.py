@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
@@ -193,10 +192,10 @@ def _left_out(inspection: Inspection) -> list[RenderableType]:
 
 
 def _legend(inspections: list[Inspection], colours: bool) -> Text:
-    found: dict[str, Any] = {role: None for i in inspections for row in i.rows for e in row for role in e.who}
+    found = {role for inspection in inspections for row in inspection.rows for example in row for role in example.who}
     legend = Text("legend: ", style="dim")
     if colours:
-        for role in found:
+        for role in [role for role in COLOURS if role in found]:
             legend.append(f"{role} ", style=_colour(role))
         legend.append("trained", style="black on green")
     else:

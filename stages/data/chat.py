@@ -16,15 +16,15 @@ import datetime
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
 from stages.data.lengths import TokenRange, token_lengths, token_ranges
 from stages.data.records import Message
-from stages.data.spans import THINK, WARNINGS, Refused, SpanFinder
+from stages.data.spans import THINK, Refused, SpanFinder
 from stages.data.template import ChatTemplate, MarksMoved, Tools
 
 IGNORE = -100  # the label of a token that is not trained, as torch's cross-entropy has it
@@ -44,7 +44,6 @@ __all__ = [
     "BUILT_IN",
     "CHATML",
     "IGNORE",
-    "WARNINGS",
     "ChatEncoder",
     "Encoded",
     "Refused",
@@ -53,7 +52,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each row, and freezing triples what that costs
 class Encoded:
     """A conversation as the model sees it. `spans` are (message index, start, end) in characters of `text`: what is trained."""
 
@@ -63,7 +62,7 @@ class Encoded:
     spans: list[tuple[int, int, int]]
     weights: list[float] | None = None  # of each token's loss, where any is not 1
     conversation: int = 0  # which of the batch this is of
-    warnings: frozenset[str] = frozenset()  # keys of WARNINGS
+    warnings: frozenset[str] = frozenset()  # see WARNINGS in spans.py
 
     @property
     def trained(self) -> int:
@@ -113,8 +112,7 @@ class Layout:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Spans:
+class _Spans(NamedTuple):
     """A conversation's text, its assistant turns (message, start, end), and where its contents stand."""
 
     text: str
@@ -124,8 +122,7 @@ class _Spans:
     rewritten: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(NamedTuple):
     """A text to be tokenised."""
 
     conversation: int
@@ -439,7 +436,7 @@ class ChatEncoder:
                 ids, offsets = self._in_pieces(job.text, own, before)
                 if self.tokenizer.decode(ids, skip_special_tokens=False).count(spelled) < job.text.count(spelled):
                     break  # the tokenizer cannot write it ("▁" is its space)
-                job = replace(job, warnings=job.warnings | {"control_token_as_text"})
+                job = job._replace(warnings=job.warnings | {"control_token_as_text"})
                 return _labelled(job, ids, self._ranges_by_offsets(job, offsets), self.spec.eos_token)
         return Refused("control_token_in_content", f"{spelled!r} at character {a} cannot be told from the real one")
 
@@ -518,8 +515,8 @@ def _strings(value: Any) -> Iterator[str]:
 def _shape(messages: Sequence[Message]) -> tuple[str, ...] | None:
     """The roles, where the messages are nothing but plain contents."""
     try:
-        if all(len(message) == 2 and message["content"].strip() for message in messages):
-            return tuple([message["role"] for message in messages])
+        shape = tuple([message["role"] for message in messages if len(message) == 2 and message["content"].strip()])
+        return shape if len(shape) == len(messages) else None
     except (AttributeError, KeyError, TypeError):  # something else than a text
         pass
     return None
@@ -551,13 +548,13 @@ def _labelled(job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | No
     labels = [IGNORE] * len(ids)
     weights: list[float] | None = [1.0] * len(ids) if job.weights else None
     some, exact = False, True
-    for (message, _, _), tokens in zip(job.turns, ranges, strict=True):
-        exact = exact and tokens.exact
-        if tokens.first < tokens.last:
+    for (message, _, _), (first, last, clean) in zip(job.turns, ranges, strict=True):
+        exact = exact and clean
+        if first < last:
             some = True
-            labels[tokens.first : tokens.last] = ids[tokens.first : tokens.last]
+            labels[first:last] = ids[first:last]
             if weights is not None and message in job.weights:
-                weights[tokens.first : tokens.last] = [job.weights[message]] * (tokens.last - tokens.first)
+                weights[first:last] = [job.weights[message]] * (last - first)
     if not some:
         return Refused("no_trained_token", f"none of {len(ids)} tokens")
     warnings = job.warnings

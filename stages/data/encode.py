@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+from stages.data import spans, truncate
 from stages.data.chat import IGNORE, ChatEncoder, ControlTokens, Encoded, History, Refused, TokenizerSpec, TrainOn
 from stages.data.chunks import BadRow
 from stages.data.ledger import LedgerEntry
@@ -31,6 +31,7 @@ from stages.data.truncate import Truncation, cut_both_answers, cut_to
 
 DATA_VERSION = 2  # raised when the same input would be prepared differently
 BATCH_ROWS = 512  # rows encoded together
+WARNINGS = spans.WARNINGS | truncate.WARNINGS  # code -> what it means; counted in the manifest of prepared data
 PRINTED_DATE = datetime.datetime(2026, 1, 1)  # what templates that print today's date print, where the spec names none
 
 Task = Literal["conversation", "preference", "labelled", "prompt", "evaluation"]
@@ -374,7 +375,3 @@ def draw(record: Record, source: DataSource, seed: int) -> tuple[int, bool]:
 
 def _uniform(record: Record, seed: int, purpose: bytes) -> float:
     return int.from_bytes(_hash(record, purpose + (seed % 2**32).to_bytes(4, "little")), "little") / 2**64
-
-
-def count_warnings(outcomes: Iterable[Outcome]) -> Counter[str]:
-    return Counter(warning for outcome in outcomes for warning in outcome.warnings)

@@ -11,10 +11,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +56,7 @@ def _spaces(normalizer: dict[str, Any]) -> bool:
     return normalizer["type"] == "Replace" and normalizer["pattern"] == {"String": " "} and normalizer["content"] == "▁"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRange:
+class TokenRange(NamedTuple):
     """The tokens `first:last` lie wholly in a span; `exact` says that no token reaches over its borders."""
 
     first: int

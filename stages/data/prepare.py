@@ -173,22 +173,24 @@ class _Counts:
     def add(self, rows: Sequence[Row], copies: int) -> None:
         self.kept += 1
         for row in rows:
-            length = _length(row)
+            length = length_of(row)
             self.longest = max(self.longest, length)
             self.weighted = self.weighted or row.get("weights") is not None
             self.examples += copies
             self.tokens += copies * length
-            self.trained_tokens += copies * _trained(row)
+            self.trained_tokens += copies * trained_of(row)
 
 
-def _length(row: Row) -> int:
+def length_of(row: Row) -> int:
+    """Tokens a row costs to train on."""
     if "input_ids" in row:
         return len(row["input_ids"])
     sides = [len(row[side]) for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row]
     return max(len(sides), 1) * len(row["prompt_ids"]) + sum(sides)
 
 
-def _trained(row: Row) -> int:
+def trained_of(row: Row) -> int:
+    """Tokens of it that are trained."""
     if "labels" in row:
         return len(row["labels"]) - row["labels"].count(IGNORE)
     return sum(len(row[side]) for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row)

@@ -8,7 +8,11 @@ from stages.data.chat import IGNORE
 from stages.data.spans import Refused
 
 Truncation = Literal["refuse", "drop", "left", "right"]
-CUT, STOP_CUT = "truncated", "stop_token_cut"  # warnings that are counted in the manifest
+CUT, STOP_CUT = "truncated", "stop_token_cut"
+WARNINGS = {
+    CUT: "the row is longer than max_length and was cut",
+    STOP_CUT: "the row was cut in an answer, which is trained without its stop token",
+}
 Row = dict[str, Any]
 
 

@@ -274,7 +274,12 @@ def test_held_out_pairs_are_evaluated_by_any_number_of_workers(tmp_path: Path, m
     losses = []
     for workers in (1, 2):
         result, _ = run(
-            tmp_path / str(workers), model, "dpo", data / "pairs.jsonl", workers, {"data": split, "train": train(4 // workers)}
+            tmp_path / str(workers),
+            model,
+            "dpo",
+            data / "pairs.jsonl",
+            workers,
+            {"data": split, "train": train(4 // workers)},
         )
         losses.append(result.metrics["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] < math.log(2)
