@@ -13,8 +13,7 @@ from typing import Any
 from pipeline.inspection.examples import Example
 from pipeline.inspection.looking import Look, Part, Stats, look
 from pipeline.plan import Plan, PlannedStage
-from stages.data.chat import CHATML, tokenizer_spec
-from stages.data.encode import Recipe
+from stages.data.chat import CHATML
 from stages.data.source import resolve_formats
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import Problem, SpecError

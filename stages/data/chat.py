@@ -13,9 +13,12 @@ template that looks into contents) is derived itself.
 from __future__ import annotations
 
 import datetime
+import gc
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -38,6 +41,7 @@ CHATML = (
 )
 BUILT_IN = {"chatml": CHATML}
 SHAPES = 4096  # layouts that are kept
+AHEAD = 2
 BATCH = 256  # conversations that are rendered while the ones before them are being tokenised
 
 __all__ = [
@@ -150,6 +154,7 @@ class ChatEncoder:
         reshape: give the template tool calls and contents in another shape (arguments as a dict or as text, content as
             parts) where it does not render them as they are. The text is then not that of `apply_chat_template`.
         date: what templates that print today's date print; today if absent.
+        parallel: use all cores; else the encoder is one of many that share them.
 
     Raises:
         ValueError: there is no chat template, or it cannot be compiled, or the tokenizer is not a fast one.
@@ -165,11 +170,13 @@ class ChatEncoder:
         control_tokens: ControlTokens = "text",
         reshape: bool = False,
         date: datetime.datetime | None = None,
+        parallel: bool = True,
     ) -> None:
         spec = tokenizer if isinstance(tokenizer, TokenizerSpec) else tokenizer_spec(tokenizer)
         if spec.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         self.spec, self.train_on, self.history, self.control_tokens = spec, train_on, history, control_tokens
+        self.parallel = parallel
         self.tokenizer = load_tokenizer_json(spec.json)
         self.template = ChatTemplate(spec.chat_template, spec.variables, date)
         self._control_ids = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -208,22 +215,41 @@ class ChatEncoder:
         """The examples of each conversation: one, or with `history="per_turn"` several, or the reason for none."""
         each = _tools_of_each(tools, len(conversations))
         out: list[list[Encoded | Refused]] = [[] for _ in conversations]
-        waiting: list[tuple[list[_Job], Any]] = []
-        with ThreadPoolExecutor(1) as background:  # Rust tokenises while the next conversations are rendered
-            for start in range(0, len(conversations), BATCH):
-                jobs: list[_Job] = []
-                for i in range(start, min(start + BATCH, len(conversations))):
-                    for job in self._jobs(i, conversations[i], each[i]):
-                        if isinstance(job, Refused):
-                            out[i].append(job)
-                        else:
-                            jobs.append(job)
-                waiting.append((jobs, background.submit(self._encode, [job.text for job in jobs])))
-                if len(waiting) > 1:
-                    self._finish(*waiting.pop(0), out)
-            for jobs, encodings in waiting:
-                self._finish(jobs, encodings, out)
+        with no_collection():
+            for jobs, encodings in self._tokenised(self._batches(conversations, each, out)):
+                for job, result in zip(jobs, self._label(jobs, encodings), strict=True):
+                    out[job.conversation].append(result)
         return out
+
+    def _batches(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools], out: list[list[Encoded | Refused]]
+    ) -> Iterator[list[_Job]]:
+        """What is to be tokenised, some conversations at a time; what is refused goes into `out` at once."""
+        for start in range(0, len(conversations), BATCH):
+            jobs: list[_Job] = []
+            for i in range(start, min(start + BATCH, len(conversations))):
+                for job in self._jobs(i, conversations[i], tools[i]):
+                    if isinstance(job, Refused):
+                        out[i].append(job)
+                    else:
+                        jobs.append(job)
+            yield jobs
+
+    def _tokenised(self, batches: Iterator[list[_Job]]) -> Iterator[tuple[list[_Job], list[Encoding]]]:
+        """Each batch with its tokens. Where there are cores to spare, Rust has the next ones while this one is looked at:
+        two at a time, since one that is done waits for its turn to say so."""
+        if not self.parallel:
+            yield from ((jobs, self._encode([job.text for job in jobs])) for jobs in batches)
+            return
+        waiting: deque[tuple[list[_Job], Future[list[Encoding]]]] = deque()
+        with ThreadPoolExecutor(AHEAD) as threads:
+            for jobs in batches:
+                waiting.append((jobs, threads.submit(self._encode, [job.text for job in jobs])))
+                if len(waiting) > AHEAD:
+                    jobs, encodings = waiting.popleft()
+                    yield jobs, encodings.result()
+            for jobs, encodings in waiting:
+                yield jobs, encodings.result()
 
     def encode_text(self, texts: Sequence[str]) -> list[Encoded | Refused]:
         """Plain text for language modelling: every token is trained, and the end-of-text token after it."""
@@ -269,9 +295,7 @@ class ChatEncoder:
             yield found if isinstance(found, Refused) else self._whole(i, found)
             return
         lost = isinstance(found, Refused) and found.reason == "history_rewritten"
-        if (
-            lost and len(chosen) == 1 and chosen[0] == len(messages) - 1
-        ):  # no earlier turn is trained: it may be abridged
+        if lost and chosen == [len(messages) - 1]:  # no earlier turn is trained: they may be abridged
             found, lost = self._derived(messages, tools, only=chosen[0]), False
         if self.history != "refuse" and (lost or (isinstance(found, _Spans) and found.rewritten)):
             if self.history == "last_turn":
@@ -291,10 +315,12 @@ class ChatEncoder:
         elif self.train_on == "completion":
             last_user = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
             turns = [n for n in turns if n > last_user]
-        return [n for n in turns if weights.get(n, 1.0) > 0]
+        return [n for n in turns if weights.get(n, 1.0) > 0] if weights else turns
 
     def _job(self, i: int, found: _Spans, chosen: list[int], weights: dict[int, float]) -> _Job:
-        turns = [turn for turn in found.turns if turn[0] in chosen]
+        turns = found.turns
+        if len(turns) != len(chosen):
+            turns = [turn for turn in turns if turn[0] in chosen]
         return _Job(i, found.text, turns, found.contents, weights, found.warnings)
 
     def _whole(self, i: int, found: _Spans) -> _Job:
@@ -307,7 +333,7 @@ class ChatEncoder:
             layout = self._layout(shape)
             if isinstance(layout, Layout):
                 try:
-                    text = self.template.render(messages)
+                    text = self.template.render_plain(messages)
                 except Exception as error:  # whatever a template raises refuses the row
                     return Refused("template_error", str(error) or type(error).__name__)
                 if layout.fits(messages) and (found := _fill(layout, messages, text)):
@@ -382,10 +408,6 @@ class ChatEncoder:
         if self._lengths is None:
             return self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-
-    def _finish(self, jobs: list[_Job], encodings: Future[list[Encoding]], out: list[list[Encoded | Refused]]) -> None:
-        for job, result in zip(jobs, self._label(jobs, encodings.result()), strict=True):
-            out[job.conversation].append(result)
 
     def _label(self, jobs: list[_Job], encodings: list[Encoding]) -> Iterator[Encoded | Refused]:
         ids = [encoding.ids for encoding in encodings]
@@ -487,6 +509,21 @@ class ChatEncoder:
                     exact = False
             ranges.append(TokenRange(first, at, exact))
         return ranges
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No search for cycles in what is made here: it is hundreds of thousands of lists of numbers, and there are none.
+
+    Of the time of encoding that search is 7%, and it grows with what else there is in memory.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _bare(message: Message) -> Message:

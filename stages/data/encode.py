@@ -79,7 +79,7 @@ class Recipe:
         }
 
 
-def encoder_for(recipe: Recipe) -> ChatEncoder:
+def encoder_for(recipe: Recipe, *, parallel: bool = True) -> ChatEncoder:
     """The answers of a pair are its last turn alone: earlier assistant turns belong to the prompt, as it is rendered."""
     last = recipe.task in ("preference", "labelled")
     return ChatEncoder(
@@ -90,6 +90,7 @@ def encoder_for(recipe: Recipe) -> ChatEncoder:
         control_tokens=recipe.control_tokens,
         reshape=True,
         date=recipe.date,
+        parallel=parallel,
     )
 
 

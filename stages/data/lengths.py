@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,10 +70,10 @@ def token_ranges(
     """The tokens of each text's spans (in characters), or None for a text that its tokens do not add up to."""
     if not texts:
         return []
-    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=sum(map(len, ids)))
-    ends = np.cumsum(table[flat])  # in bytes, all texts one after the other
-    stops = np.cumsum([len(row) for row in ids])  # in tokens
-    bytes_to = np.concatenate([[0], ends])[stops].tolist()
+    stops = list(accumulate(map(len, ids)))  # in tokens, all texts one after the other
+    ends = np.zeros(stops[-1] + 1, dtype=np.int64)  # in bytes
+    np.cumsum(table[np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=stops[-1])], out=ends[1:])
+    bytes_to = ends[stops].tolist()
     whole, edges, at = [], [], 0
     for text, places, end in zip(texts, spans, bytes_to, strict=True):
         plain = text.isascii()
@@ -83,12 +83,12 @@ def token_ranges(
             for edge in place:
                 edges.append(at + (edge if plain else len(text[:edge].encode())))
         at = end
-    found = np.searchsorted(ends, edges, side="right")  # tokens that end at or before each edge
-    exact = (np.concatenate([[0], ends])[found] == edges).tolist()
+    found = np.searchsorted(ends, edges, side="right") - 1  # tokens that end at or before each edge
+    exact = (ends[found] == edges).tolist()
     tokens = found.tolist()
     out: list[list[TokenRange] | None] = []
     edge, first_token = 0, 0
-    for places, good, stop in zip(spans, whole, stops.tolist(), strict=True):
+    for places, good, stop in zip(spans, whole, stops, strict=True):
         ranges = []
         for _ in places:
             first, last = tokens[edge] + (not exact[edge]) - first_token, tokens[edge + 1] - first_token

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from stages.data import ledger
-from stages.data.chat import IGNORE
+from stages.data.chat import IGNORE, no_collection
 from stages.data.chunks import Chunk, chunks, read_chunk
 from stages.data.encode import Recipe, Row, digest, encode_rows, encoder_for, record_hashes
 from stages.data.ledger import LedgerEntry
@@ -209,10 +209,10 @@ def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, rec
         format=format,
         source=source,
         recipe=recipe,
-        encoder=encoder_for(recipe),
+        encoder=encoder_for(recipe, parallel=False),
         duplicates=frozenset(np.load(duplicates).tolist()) if duplicates.is_file() else frozenset(),
     )
-    with (work / f"ledger-{index:06}.jsonl.tmp").open("w") as lines:
+    with no_collection(), (work / f"ledger-{index:06}.jsonl.tmp").open("w") as lines:
         for outcome in outcomes:
             counts.read += 1
             counts.warnings.update(outcome.warnings)

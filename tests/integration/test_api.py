@@ -28,6 +28,6 @@ def test_a_pipeline_from_python(tmp_path: Path, data: Path, model: str, ray_addr
 
     broken = SFT(data=[{"path": str(data / "chats.jsonl")}], train={"max_length": 5})
     with pytest.raises(
-        StageError, match=r"stage sft failed: none of the 101 rows can be used: too_long 101; for example .*row 1"
+        StageError, match=r"stage sft failed: none of the 101 rows can be used:\n  too_long 101, for example .*row 1"
     ):
         Pipeline(model=model, stages={"sft": broken}, storage=str(tmp_path), name="broken").run(quiet=True)
