@@ -16,7 +16,7 @@ from stages import Stage
 from stages.base import Resources
 from stages.data.encode import DATA_VERSION
 from stages.data.prepare import sources_key
-from stages.data.source import count_rows
+from stages.data.source import DataSource, count_rows
 from stages.training.deepspeed import deepspeed_config
 from stages.training.feed import Shares
 from stages.training.stage import TrainStage
@@ -187,8 +187,7 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
     tokens, steps = (manifest["tokens"], manifest["steps"]) if manifest else (None, None)
     why = planned.why
     if manifest is None and stage.sources() and stage.kind != "init":
-        counts = [count_rows(source) for source in stage.sources()]
-        rows = None if None in counts else sum(count for count in counts if count is not None)
+        rows = expected_rows(stage.sources())
         if isinstance(stage, TrainStage) and rows is not None:
             steps = planned_steps(stage, rows, resources.workers)
     memory = training_memory(plan, planned) if isinstance(stage, TrainStage) else None
@@ -212,12 +211,24 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
     }
 
 
-def planned_steps(stage: TrainStage, rows: int, workers: int) -> int:
-    """Optimiser steps over `rows` rows, with the trainer's defaults where nothing is said."""
+def expected_rows(sources: list[DataSource]) -> int | None:
+    """Rows to train on, by what the files have, weights and splits; None where that takes a download.
+
+    What filters, duplicates and the ledger take away is known only once the data is prepared.
+    """
+    counts = [(count_rows(source), source) for source in sources]
+    known = [count * (1 - (source.eval or 0)) * source.weight for count, source in counts if count is not None]
+    return round(sum(known)) if len(known) == len(counts) else None
+
+
+def planned_steps(stage: TrainStage, rows: int, workers: int) -> int | None:
+    """Optimiser steps over `rows` rows, with the trainer's defaults where nothing is said; None before they are packed."""
     given = stage.train.given()
     shares = Shares(workers, given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1))
     if given.get("max_steps", -1) > 0:
         return int(given["max_steps"])
+    if given.get("packing"):
+        return None
     default_epochs = 1.0 if stage.kind in ("reward", "dpo") else 3.0
     return -int(-given.get("num_train_epochs", default_epochs) * shares.steps(rows) // 1)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pipeline.artifacts import RunFolder
 from pipeline.progress import brief, number
+from stages.data.encode import WARNINGS
 
 COLUMNS = {
     "loss": "held-out loss",
@@ -54,6 +55,15 @@ def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
     return rows
 
 
+def warnings(folder: RunFolder) -> list[str]:
+    """What is worth knowing of the data that was trained on."""
+    out = []
+    for name, record in folder.state().get("stages", {}).items():
+        found = ((published(folder, name, record) or {}).get("details") or {}).get("warnings") or {}
+        out += [f"{name}: {count} rows, {code}: {WARNINGS.get(code, code)}" for code, count in found.items()]
+    return out
+
+
 def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
     """(stage, manifest) of every evaluation that is published in the run's present state."""
     out = []
@@ -81,7 +91,7 @@ def render_run(folder: RunFolder) -> Group:
             *cells,
             Text(row["metrics"]),
         )
-    parts: list[Any] = [stages]
+    parts: list[Any] = [stages, *(Text(said, style="yellow") for said in warnings(folder))]
     for name, manifest in evaluations(folder):
         table = Table(
             title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold"

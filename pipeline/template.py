@@ -22,7 +22,8 @@ SFT = """\
       per_device_train_batch_size: 8
       gradient_accumulation_steps: 2
       lr_scheduler_type: cosine
-      max_length: 2048                   # longer rows go to the ledger, they are never cut
+      max_length: 2048                   # longer rows go to the ledger; truncation: left or right cuts them
+      # packing: true                    # several conversations in a row, which do not see each other
     tuning: {{method: full}}               # or {{method: lora, r: 16}}
     # deepspeed: zero2                   # zero0 .. zero3, or a DeepSpeed JSON file
 """

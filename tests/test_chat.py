@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from stages.data.chat import CHATML, IGNORE, ChatEncoder, Encoded, Refused, TokenizerSpec, tokenizer_spec
+from stages.data.chat import CHATML, HERMES, IGNORE, ChatEncoder, Encoded, Refused, TokenizerSpec, tokenizer_spec
 
 from .conftest import chat
 
@@ -324,6 +324,21 @@ def test_tool_calls_are_trained_and_their_results_are_not(tokenizer: Any) -> Non
         CALLS, tools=TOOLS, chat_template=WITH_TOOLS, tokenize=False
     )  # fmt: skip
     assert spans(encoder.encode_batch([CALLS[:2]], tools=TOOLS)[0]) == [CALLED]  # ends with the call
+
+
+def test_the_built_in_template_with_tools(tokenizer: Any) -> None:
+    encoder = with_template(tokenizer, HERMES)
+    conversation = [DIALOG[0], *CALLS[:-1], answer("It rains.", reasoning_content="wet")]
+    with_tools, without = encoder.encode_batch([conversation, DIALOG], tools=[TOOLS, None])
+    assert spans(with_tools) == [
+        '<tool_call>\n{"name": "look", "arguments": {"city": "Bonn", "days": 3}}\n</tool_call><|im_end|>',
+        "<think>\nwet\n</think>\n\nIt rains.<|im_end|>",
+    ]
+    assert isinstance(with_tools, Encoded) and not with_tools.warnings and with_tools.text.count("Be brief.") == 1
+    assert isinstance(without, Encoded) and without.text == encoder.tokenizer.decode(
+        without.input_ids, skip_special_tokens=False
+    )
+    assert without.text == ChatEncoder(tokenizer).render(DIALOG)  # without tools it is ChatML
 
 
 def test_arguments_as_text_are_reshaped_or_refused(tokenizer: Any) -> None:

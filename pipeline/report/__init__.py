@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pipeline.artifacts import RunFolder
 from pipeline.plan import read_metrics
 from pipeline.tables import COLUMNS, evaluations, percent, stage_rows
+from stages.data.encode import WARNINGS
 
 WIDTH, HEIGHT = 560, 120
 
@@ -49,6 +50,8 @@ def _details(folder: RunFolder, name: str) -> dict[str, Any]:
         "last": points[-1][1] if points else None,
         "steps": points[-1][0] if points else None,
         "ledger": details.get("ledger"),
+        "warnings": {WARNINGS.get(code, code): count for code, count in (details.get("warnings") or {}).items()},
+        "mixture": details.get("mixture") or [],
         "model": str(folder.stage(name) / "model") if (folder.stage(name) / "model").is_dir() else None,
     }
 

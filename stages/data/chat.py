@@ -39,21 +39,23 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-BUILT_IN = {"chatml": CHATML}
+# ChatML with tools, as Nous Hermes and Qwen write them, and reasoning.
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "You may call these functions:\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>\n"
+    "For each call write its name and arguments as JSON within <tool_call></tool_call>.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{% if not (loop.first and tools and message.role == 'system') %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{% if message.content or not loop.first %}\n{% endif %}<tool_call>\n"
+    '{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BUILT_IN = {"chatml": CHATML, "hermes": HERMES}
 SHAPES = 4096  # layouts that are kept
 AHEAD = 2
 BATCH = 256  # conversations that are rendered while the ones before them are being tokenised
-
-__all__ = [
-    "BUILT_IN",
-    "CHATML",
-    "IGNORE",
-    "ChatEncoder",
-    "Encoded",
-    "Refused",
-    "TokenizerSpec",
-    "tokenizer_spec",
-]
 
 
 @dataclass(slots=True)  # not frozen: one is made for each row, and freezing triples what that costs
