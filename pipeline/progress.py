@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 LINE_EVERY_S = 10.0  # in a log
 
 # What the table and the terminal show of a stage's metrics, in this order, where it has them.
-SHOWN = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "parameters")
+SHOWN = ("loss", "eval_loss", "accuracy", "rewards/accuracies", "rewards/margins", "parameters")
 
 
 def brief(metrics: dict[str, Any]) -> str:

@@ -599,7 +599,9 @@ def _labelled(job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | No
     warnings = job.warnings
     if not exact:
         warnings |= {"straddling_token"}
-    if eos and "no_stop_token" not in warnings and not job.text.endswith(eos, 0, job.turns[-1][2]):
+    _, start, end = job.turns[-1]
+    whole = start == 0 and end == len(job.text)  # plain language modelling
+    if eos and not whole and "no_stop_token" not in warnings and not job.text.endswith(eos, 0, end):
         warnings |= {"eos_is_not_stop"}
     return Encoded(job.text, ids, labels, job.turns, weights, job.conversation, warnings)
 

@@ -186,7 +186,11 @@ def _evaluations(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -
             last = record.messages[-1]["role"] == "assistant"
             messages = record.messages[:-1] if last else record.messages
             if messages:
-                text = encoder.prompt(messages, record.tools)
+                try:
+                    text = encoder.prompt(messages, record.tools)
+                except Exception as error:  # of the template
+                    yield Refused("template_error", str(error) or type(error).__name__)
+                    continue
                 ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
                 prompt = {"prompt_ids": ids, "prompt": text, "expected": record.expected}
         yield Examples([row | prompt for row in result.rows], result.warnings)

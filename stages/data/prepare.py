@@ -278,32 +278,37 @@ class _Making:
         self.work = target.parent / f".making-{target.name}"
 
     def run(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
-        todo = [
-            chunk for i, source in enumerate(self.sources) for file in find_files(source) for chunk in chunks(i, file)
-        ]
         sources, formats, recipe, work = self.sources, self.formats, self.recipe, self.work
+        todo = [chunk for i, source in enumerate(sources) for file in find_files(source) for chunk in chunks(i, file)]
+        self._keep_or_clear(repr(todo))
         if recipe.deduplicate:
-            left = [i for i in range(len(todo)) if not (work / f"hashes-{i:06}.npy").is_file()]
             self._map(
-                left,
+                [i for i in range(len(todo)) if not (work / f"hashes-{i:06}.npy").is_file()],
                 lambda i, todo: hash_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], work),
                 todo,
             )
             mark_duplicates(work, len(todo))
-        left = [i for i in range(len(todo)) if not (work / f"done-{i:06}.json").is_file()]
         self._map(
-            left,
+            [i for i in range(len(todo)) if not (work / f"done-{i:06}.json").is_file()],
             lambda i, todo: prepare_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], recipe, work),
             todo,
         )
         done = [json.loads((work / f"done-{i:06}.json").read_text()) for i in range(len(todo))]
         packed = self._pack(done) if recipe.packing else None
         self._write_manifest(done, packed)
-        for leftover in (*work.glob("hashes-*"), *work.glob("duplicates-*"), *work.glob("done-*")):
-            leftover.unlink()
+        for pattern in ("hashes-*", "duplicates-*", "done-*", "chunks"):
+            for leftover in work.glob(pattern):
+                leftover.unlink()
         shutil.rmtree(self.target, ignore_errors=True)  # without a manifest: not ours
         os.rename(work, self.target)
+
+    def _keep_or_clear(self, todo: str) -> None:
+        """What an interrupted attempt had made is of use only where the files are cut as they were then."""
+        cut = self.work / "chunks"
+        if not cut.is_file() or cut.read_text() != todo:
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
+            cut.write_text(todo)
 
     def _map(self, indices: list[int], task: Callable[[int, Any], None], shared: Any) -> None:
         """`task(i, shared)` for every index, by Ray Data."""
@@ -353,7 +358,7 @@ class _Making:
         shards = [chunk["shard"] for chunk in done if chunk["shard"]]
         if packed is not None:
             for shard in shards:
-                (self.work / shard["file"]).unlink()
+                (self.work / shard["file"]).unlink(missing_ok=True)
             shards = packed
         rows, tokens = sum(shard["rows"] for shard in shards), sum(chunk["tokens"] for chunk in done)
         warnings: Counter[str] = sum((Counter(chunk["warnings"]) for chunk in done), Counter())

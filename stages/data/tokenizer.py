@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.data.chat import BUILT_IN
+from jinja2 import TemplateSyntaxError
+
+from stages.data.chat import BUILT_IN, ChatEncoder
 from stages.errors import DataError
 
 
@@ -64,7 +66,7 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
     """The model's tokenizer with the chat template that will be used and saved, and a pad token that is not a stop token.
 
     Raises:
-        DataError: no tokenizer, no chat template, or no token that can be used for padding.
+        DataError: no tokenizer, a slow one, no chat template or a broken one, or no token that can be used for padding.
     """
     try:
         tokenizer = _tokenizer_class(model).from_pretrained(model)
@@ -76,6 +78,14 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
         raise DataError(
             f"{model}: the tokenizer has no chat template; set `chat_template: chatml` or a file in the spec"
         )
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{model}: the tokenizer has no fast (Rust) version, which masks need: tokens that can be traced to characters"
+        )
+    try:
+        ChatEncoder(tokenizer)
+    except TemplateSyntaxError as error:
+        raise DataError(f"{model}: the chat template is not Jinja: line {error.lineno}: {error.message}") from error
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         # Padding with a stop token makes saved models stop early and hides the last token from a reward head.
         spare = [t for t in tokenizer.all_special_tokens if t not in (tokenizer.eos_token, tokenizer.bos_token)]
