@@ -22,7 +22,7 @@ def test_a_tokenizer_without_a_fast_version(tmp_path: Path, model: str) -> None:
 
 
 def test_a_template_that_is_not_jinja(model: str) -> None:
-    with pytest.raises(DataError, match="the chat template is not Jinja: line 2: unexpected end of template"):
+    with pytest.raises(DataError, match="the chat template is not Jinja: line 2: Unexpected end of template"):
         load_tokenizer(model, "a\n{% for m in messages %}")
 
 
