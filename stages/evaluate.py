@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.base import Artifact, ArtifactKind, Config, Share, Stage, StageContext, StageResult
 from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
 from stages.data.ledger import check_lost, read_entries, summary, write_entries
+from stages.data.mask import Mask
 from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import load_tokenizer
@@ -52,6 +53,7 @@ class Evaluate(Stage):
         default=None, ge=0, description="Sample only the first rows; all with an expected answer if absent."
     )
     shown: int = Field(default=8, ge=0, description="Samples kept for the report, side by side.")
+    mask: Mask = Mask()
     max_dropped: Share = Field(default=0.01, description="Rows that may be lost before the run is stopped.")
     gates: list[Gate] = Field(default_factory=list)
     workers: int | None = Field(default=None, ge=1)
@@ -59,9 +61,17 @@ class Evaluate(Stage):
     produces: ClassVar = "metrics"
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"models": ("model", "reward model")}
 
+    @field_validator("data")
+    @classmethod
+    def _all_of_it(cls, data: list[DataSource]) -> list[DataSource]:
+        for source in data:
+            if source.weight != 1.0 or source.eval is not None:
+                raise ValueError(f"{source.path}: held-out rows are scored once each; leave `weight` and `eval` out")
+        return data
+
     def recipe(self, task: Task, tokenizer: Any) -> Recipe:
         """How held-out rows become tokens."""
-        return Recipe(task, tokenizer_spec(tokenizer))
+        return Recipe(task, tokenizer_spec(tokenizer), **self.mask.options())
 
     def run(self, ctx: StageContext) -> StageResult:
         quiet_ray()
@@ -197,6 +207,7 @@ def _side_by_side(samples: dict[str, list[dict[str, Any]]], shown: int) -> list[
 def _write_ledgers(used: list[Prepared], ctx: StageContext) -> int:
     entries = [entry for data in used for entry in read_entries(data.path)]
     rows = sum(data.rows for data in used)
-    (ctx.work / "ledger.json").write_text(json.dumps(summary(rows + len(entries), rows, entries), indent=1))
+    kept, read = (sum(data.manifest["ledger"][what] for data in used) for what in ("kept", "read"))
+    (ctx.work / "ledger.json").write_text(json.dumps(summary(read, kept, entries), indent=1))
     write_entries(ctx.work / "ledger.jsonl", entries)
     return rows

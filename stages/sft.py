@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
-from stages.base import Config, StageContext, StageResult
-from stages.data.chat import IGNORE, ControlTokens, History, TrainOn
-from stages.data.encode import PRINTED_DATE, Recipe, Task
+from stages.base import StageContext, StageResult
+from stages.data.chat import IGNORE
+from stages.data.encode import Recipe, Task
+from stages.data.mask import TrainMask
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.collate import conversation_collator
 from stages.training.stage import TrainStage, run_training
@@ -19,44 +17,19 @@ from stages.training.trainer import OF_THE_FEED, Fed, TrainerParts
 SFTArguments: type[TrainConfig] = train_config("SFTConfig")
 
 
-class Mask(Config):
-    """Which tokens are trained; stages/data/chat.py says how they are found."""
-
-    train_on: TrainOn = Field(
-        default="assistant",
-        description="assistant (every turn and its stop token), last_assistant, completion (after the last user turn) or all.",
-    )
-    history: History = Field(
-        default="refuse",
-        description="Where the template renders earlier turns without what they had (reasoning): refuse the row, "
-        "per_turn (an example for each turn, after exactly the text it is generated from) or last_turn.",
-    )
-    stop_token: str | None = Field(
-        default=None, description="What ends an answer, for templates that write nothing there."
-    )
-    control_tokens: ControlTokens = Field(
-        default="text", description="Control tokens spelled in contents: tokenised as text, refuse the row, or allow."
-    )
-    date: datetime.date = Field(
-        default=PRINTED_DATE.date(), strict=False, description="What templates that print today's date print."
-    )
-
-
 class SFT(TrainStage):
     """Trains a model on conversations, prompts with completions, or plain text."""
 
     kind: Literal["sft"] = "sft"
-    mask: Mask = Mask()
+    mask: TrainMask = TrainMask()
     train: SFTArguments = SFTArguments()  # type: ignore[valid-type]
 
     produces: ClassVar = "model"
     task: ClassVar[Task] = "conversation"
 
     def recipe(self, tokenizer: Any, seed: int) -> Recipe:
-        mask = self.mask.model_dump(exclude={"date"})
-        date = datetime.datetime.combine(self.mask.date, datetime.time())
         packing = bool(self.train.given().get("packing"))  # type: ignore[attr-defined]
-        return replace(super().recipe(tokenizer, seed), **mask, date=date, packing=packing)
+        return replace(super().recipe(tokenizer, seed), packing=packing)
 
     def run(self, ctx: StageContext) -> StageResult:
         return run_training(self, ctx, build_trainer)
@@ -91,7 +64,7 @@ def build_trainer(parts: TrainerParts) -> Any:
             log_probs = model(
                 **inputs, use_cache=False, fused_lm_head=True
             ).log_probs  # (rows, tokens - 1), 0 if untrained
-            return -(log_probs * weights).sum() / num_items * self.accelerator.num_processes
+            return -(log_probs * weights).sum() / num_items.clamp(min=1e-6) * self.accelerator.num_processes
 
         def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
             if not batch_samples or "loss_weights" not in batch_samples[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from stages.data.chat import CHATML, HERMES, IGNORE, ChatEncoder, Encoded, Refused, TokenizerSpec, tokenizer_spec
+from stages.data.lengths import token_lengths
 
 from .conftest import chat
 
@@ -466,3 +468,87 @@ def test_whitespace_pre_tokenizers_take_the_slow_way() -> None:
     encoder = ChatEncoder(TokenizerSpec(tokenizer.to_str(), CHATML, {}, "<|im_end|>"))
     result = encoder.encode_batch([[user("a b"), answer("b  a")]])[0]
     assert isinstance(result, Encoded) and [x for x in result.labels if x != IGNORE] == [2, 1, 4]
+
+
+# ---------------------------------------------------------------------------------------------- found in review
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, TRIMMED, OPENED, LAST_WITHOUT, BLOCK_IN_LAST, NO_PROMPT, EOS_AT_END, DROPS_REASONING]
+)
+def test_a_layout_gives_what_deriving_gives(tokenizer: Any, template: str) -> None:
+    rng = random.Random(0)
+    pieces = ["a", " b", "\n", "<think>", "</think>", " ", "<x>", "[y]", "é", "0\n"]
+    encoder = with_template(tokenizer, template)
+    for _ in range(150):
+        shape = ("user", "assistant") * rng.randint(1, 2)
+        conversation = [
+            {
+                "role": role,
+                "content": "q" * (role == "user") + "".join(rng.choices(pieces, k=4)) + rng.choice(["z", "z\n", "z "]),
+            }
+            for role in shape
+        ]
+        quick, slow = encoder._spans(conversation, None, shape), encoder._derived(conversation, None)
+        if isinstance(quick, Refused) or isinstance(slow, Refused):
+            assert type(quick) is type(slow), conversation
+        else:
+            assert (quick.text, quick.turns, quick.rewritten) == (slow.text, slow.turns, slow.rewritten), conversation
+
+
+def test_stop_tokens_are_those_that_end_answers(tokenizer: Any) -> None:
+    end, start = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|im_start|>"))
+
+    def stop(template: str, **options: Any) -> int | None:
+        result = with_template(tokenizer, template, **options).encode_batch([PLAIN])[0]
+        assert isinstance(result, Encoded)
+        return result.stop
+
+    bare = CHATML.replace("<|im_end|>\n", "\n")
+    assert (stop(CHATML), stop(bare), stop(CHATML, train_on="all")) == (end, None, None)
+    assert stop(bare, stop_token="<|im_start|>") == start
+    assert (
+        stop(CHATML.replace("<|im_end|>", "<|stop|>")) is None
+    )  # several tokens here: none of them ends an answer alone
+
+
+def test_a_prompt_is_tokenised_with_the_same_care(tokenizer: Any) -> None:
+    prompt = ChatEncoder(tokenizer).encode_prompt(ATTACK[:1])
+    whole = ChatEncoder(tokenizer).encode_batch([ATTACK])[0]
+    assert isinstance(prompt, Encoded) and isinstance(whole, Encoded) and prompt.stop is None
+    assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    shown = with_template(tokenizer, PARTS, reshape=True).encode_prompt(PLAIN[:1])
+    assert isinstance(shown, Encoded) and "a b" in shown.text
+    lost = with_template(tokenizer, PARTS).encode_prompt(PLAIN[:1])
+    assert isinstance(lost, Refused) and lost.reason == "content_dropped"
+
+
+def test_lengths_are_only_used_where_nothing_is_added_or_swallowed(tokenizer: Any) -> None:
+    spec = tokenizer_spec(tokenizer)
+    assert token_lengths(spec.json) is not None
+    parts = json.loads(spec.json)
+    parts["pre_tokenizer"]["add_prefix_space"] = True
+    assert token_lengths(json.dumps(parts)) is None
+    parts["pre_tokenizer"]["add_prefix_space"] = False
+    parts["added_tokens"][2]["rstrip"] = True
+    assert token_lengths(json.dumps(parts)) is None
+    swallowing = ChatEncoder(
+        dataclasses.replace(spec, json=json.dumps(parts))
+    )  # as Phi-3's: "<|im_end|>\n" is one token
+    result = swallowing.encode_batch([PLAIN])[0]
+    assert trained_text(swallowing, result) == "b a<|im_end|>d c é<|im_end|>"
+    assert isinstance(result, Encoded) and not result.warnings
+
+
+def test_what_cannot_be_honoured_is_refused(tokenizer: Any) -> None:
+    every = ChatEncoder(tokenizer, "all").encode_batch([[PLAIN[0], answer("b", train=False)]])[0]
+    assert isinstance(every, Refused) and every.reason == "weight_not_used"
+    odd = ChatEncoder(tokenizer).encode_batch([[PLAIN[0], answer("b", weight=[1])]])[0]
+    assert isinstance(odd, Refused) and odd.reason == "malformed_message"
+    with pytest.raises(ValueError, match="tools of 1 conversations for 2"):
+        ChatEncoder(tokenizer).encode_batch([PLAIN, PLAIN], tools=[TOOLS])
+    headless = (
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+    )
+    begins = with_template(tokenizer, headless).encode_batch([[user("a"), answer("Answer: b", name="x")]])[0]
+    assert isinstance(begins, Refused) and begins.reason == "prompt_in_answer"

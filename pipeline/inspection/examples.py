@@ -149,11 +149,12 @@ class Watched(ChatEncoder):
         self.seen += [Seen(result) for result in results if isinstance(result, Encoded)]
         return results
 
-    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> str:
-        text = super().prompt(messages, tools)
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        self.prompts.append(Seen(Encoded(text, ids, [IGNORE] * len(ids), []), messages, tools))
-        return text
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> Encoded | Refused:
+        made = super().encode_prompt(messages, tools)
+        if isinstance(made, Encoded):
+            untrained = Encoded(made.text, made.input_ids, [IGNORE] * len(made.input_ids), [], warnings=made.warnings)
+            self.prompts.append(Seen(untrained, messages, tools))
+        return made
 
 
 def examples_of(

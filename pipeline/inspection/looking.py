@@ -162,7 +162,7 @@ def _tally(part: Part, encoder: ChatEncoder, n: int) -> _Tally:
             tally.complete = False
         batch = batch[: LOOKED_AT - tally.read]
         source, format = part.sources[i], part.formats[i]
-        again = _duplicates(batch, source, format, known) if recipe.deduplicate else frozenset()
+        again = _duplicates(batch, source, format, recipe.seed, known) if recipe.deduplicate else frozenset()
         how = {"file": file, "format": format, "source": source, "encoder": encoder, "duplicates": again}
         for (number, row), (before, outcome) in zip(batch, _outcomes(batch, recipe, how), strict=True):
             tally.add(Raw(i, file, number, row), before, outcome, part, drawn, n)
@@ -179,9 +179,11 @@ def _batches(source: DataSource) -> Iterator[tuple[str, list[tuple[int, Any]]]]:
             yield file.path, batch
 
 
-def _duplicates(batch: list[tuple[int, Any]], source: DataSource, format: str, known: set[int]) -> frozenset[int]:
+def _duplicates(
+    batch: list[tuple[int, Any]], source: DataSource, format: str, seed: int, known: set[int]
+) -> frozenset[int]:
     again = set()
-    for number, value in record_hashes(iter(batch), source, format):
+    for number, value in record_hashes(iter(batch), source, format, seed):
         if value in known:
             again.add(number)
         known.add(value)

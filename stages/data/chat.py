@@ -16,7 +16,7 @@ import datetime
 import gc
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from tokenizers import Encoding, Tokenizer
 
 from stages.data.lengths import TokenRange, token_lengths, token_ranges
 from stages.data.records import Message
-from stages.data.spans import THINK, Refused, SpanFinder
+from stages.data.spans import THINK, Refused, SpanFinder, shapes
 from stages.data.template import ChatTemplate, MarksMoved, Tools
 
 IGNORE = -100  # the label of a token that is not trained, as torch's cross-entropy has it
@@ -67,6 +67,7 @@ class Encoded:
     labels: list[int]  # IGNORE where untrained
     spans: list[tuple[int, int, int]]
     weights: list[float] | None = None  # of each token's loss, where any is not 1
+    stop: int | None = None  # the token that ends its last trained turn, where that is a control token
     conversation: int = 0  # which of the batch this is of
     warnings: frozenset[str] = frozenset()  # see WARNINGS in spans.py
 
@@ -110,12 +111,15 @@ class Layout:
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether spans of the probe are those of these messages, should the text be.
 
-        Where the generation prompt opens something that the probe had not ("<think>"), an answer may begin with just that.
+        Where the generation prompt opens something that the probe had not ("<think>"), an answer may begin with just that,
+        and where nothing else bounds an answer its outer white space has to be looked at.
         """
-        opens = "prompt_differs" in self.warnings
-        return not (
-            opens and any(m["content"].lstrip().startswith(("<", "[")) for m in messages if m["role"] == "assistant")
-        )
+        if self.rewritten and any("<" in m["content"] for m in messages):
+            return False  # what is rewritten may depend on a block of reasoning
+        if not self.warnings & {"prompt_differs", "no_stop_token"}:
+            return True
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        return not any(a != a.strip() or a.startswith(("<", "[")) for a in answers)
 
 
 class _Spans(NamedTuple):
@@ -183,6 +187,9 @@ class ChatEncoder:
         self.template = ChatTemplate(spec.chat_template, spec.variables, date)
         self._control_ids = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
         self.control = list(self._control_ids)
+        self._stops = set(self._control_ids.values())
+        if stop_token is not None and (named := self.tokenizer.token_to_id(stop_token)) is not None:
+            self._stops.add(named)
         self.finder = SpanFinder(self.template, self.control, spec.eos_token, stop_token, reshape)
         self._lengths = token_lengths(spec.json)
         self._layouts: dict[tuple[str, ...], Layout | None] = {}
@@ -253,6 +260,36 @@ class ChatEncoder:
             for jobs, encodings in waiting:
                 yield jobs, encodings.result()
 
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> Encoded | Refused:
+        """The text after which an answer is to be sampled, tokenised with the same care as a conversation."""
+        given = [_bare(message) for message in messages]
+        why = Refused("template_error", "")
+        for shaped in shapes(given) if self.finder.reshape else [given]:
+            try:
+                text = self.template.render(shaped, tools, add_generation_prompt=True)
+            except Exception as error:  # whatever a template raises refuses the prompt
+                why = Refused("template_error", str(error) or type(error).__name__)
+                continue
+            lost = next((t for m in given for t in _strings(m.get("content")) if t.strip() not in text), None)
+            if lost is None:
+                break
+            why = Refused("content_dropped", f"{lost.strip()[:80]!r} is not in the text of the prompt")
+        else:
+            return why
+        job = _Job(0, text, [(0, 0, len(text))], self._spelled_in(text, given), {}, frozenset())
+        return next(self._label([job], self._encode([text])))
+
+    def _spelled_in(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """Where contents that spell control tokens stand in a text that has them in order."""
+        places, at = [], 0
+        for message in messages:
+            for content in _strings(message.get("content")):
+                core = content.strip()
+                if self._guarded.search(core) and (start := text.find(core, at)) >= 0:
+                    places.append((start, start + len(core)))
+                    at = start + len(core)
+        return places
+
     def encode_text(self, texts: Sequence[str]) -> list[Encoded | Refused]:
         """Plain text for language modelling: every token is trained, and the end-of-text token after it."""
         jobs = []
@@ -283,9 +320,15 @@ class ChatEncoder:
                 yield Refused("malformed_message", "a message is a dict with a role")
                 return
             for n, message in enumerate(messages):
-                weight = 0.0 if message.get("train") is False else float(message.get("weight", 1.0))
-                if weight != 1.0:
-                    weights[n] = weight
+                weight = message.get("weight", 1.0)
+                if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+                    yield Refused("malformed_message", f"message {n} has the weight {weight!r:.40}")
+                    return
+                if message.get("train") is False or weight != 1.0:
+                    weights[n] = 0.0 if message.get("train") is False else float(weight)
+            if weights and self.train_on == "all":
+                yield Refused("weight_not_used", "train_on: all trains every token, whatever messages say")
+                return
             messages = [_bare(message) for message in messages]
             shape = _shape(messages)
         chosen = self._chosen(messages, weights)
@@ -425,7 +468,7 @@ class ChatEncoder:
                 if self._lengths is not None:
                     encoding = self.tokenizer.encode(job.text, add_special_tokens=False)
                 ranges = self._ranges_by_offsets(job, encoding.offsets)
-            yield _labelled(job, row, ranges, self.spec.eos_token)
+            yield _labelled(job, row, ranges, self.spec.eos_token, self._stops)
 
     def _spelled(self, job: _Job) -> list[tuple[int, int]]:
         """Where contents spell control tokens."""
@@ -461,7 +504,7 @@ class ChatEncoder:
                 if self.tokenizer.decode(ids, skip_special_tokens=False).count(spelled) < job.text.count(spelled):
                     break  # the tokenizer cannot write it ("▁" is its space)
                 job = job._replace(warnings=job.warnings | {"control_token_as_text"})
-                return _labelled(job, ids, self._ranges_by_offsets(job, offsets), self.spec.eos_token)
+                return _labelled(job, ids, self._ranges_by_offsets(job, offsets), self.spec.eos_token, self._stops)
         return Refused("control_token_in_content", f"{spelled!r} at character {a} cannot be told from the real one")
 
     def _in_pieces(
@@ -534,6 +577,8 @@ def _bare(message: Message) -> Message:
 
 
 def _tools_of_each(tools: Tools | Sequence[Tools], count: int) -> Sequence[Tools]:
+    if tools and not isinstance(tools[0], dict) and len(tools) != count:
+        raise ValueError(f"tools of {len(tools)} conversations for {count}; give one list for all, or one for each")
     if not tools or isinstance(tools[0], dict):
         return [tools or None] * count  # type: ignore[list-item]
     return tools  # type: ignore[return-value]
@@ -583,7 +628,9 @@ def _fill(layout: Layout, messages: Sequence[Message], text: str) -> _Spans | No
     return _Spans(text, turns, contents, layout.warnings, layout.rewritten)
 
 
-def _labelled(job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | None) -> Encoded | Refused:
+def _labelled(
+    job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | None, stops: Set[int]
+) -> Encoded | Refused:
     labels = [IGNORE] * len(ids)
     weights: list[float] | None = [1.0] * len(ids) if job.weights else None
     some, exact = False, True
@@ -603,7 +650,9 @@ def _labelled(job: _Job, ids: list[int], ranges: list[TokenRange], eos: str | No
     whole = start == 0 and end == len(job.text)  # plain language modelling
     if eos and not whole and "no_stop_token" not in warnings and not job.text.endswith(eos, 0, end):
         warnings |= {"eos_is_not_stop"}
-    return Encoded(job.text, ids, labels, job.turns, weights, job.conversation, warnings)
+    final = ids[ranges[-1].last - 1]
+    stop = final if final in stops and not whole and "no_stop_token" not in warnings else None
+    return Encoded(job.text, ids, labels, job.turns, weights, stop, job.conversation, warnings)
 
 
 def tokenizer_spec(tokenizer: Any, chat_template: str | None = None) -> TokenizerSpec:

@@ -27,8 +27,9 @@ from stages.data.records import (
     normalise,
 )
 from stages.data.source import DataSource, shaped
-from stages.data.truncate import Truncation, cut_both_answers, cut_to
+from stages.data.truncate import Truncation, cut_both_answers, cut_to, too_long
 
+OWN_WEIGHT = ("train", "weight")
 DATA_VERSION = 2  # raised when the same input would be prepared differently
 BATCH_ROWS = 512  # rows encoded together
 WARNINGS = spans.WARNINGS | truncate.WARNINGS  # code -> what it means; counted in the manifest of prepared data
@@ -64,11 +65,14 @@ class Recipe:
     truncation: Truncation = "drop"
     packing: bool = False
     deduplicate: bool = False
-    seed: int = 0  # of which rows are held out, or repeated
+    shuffle: bool = True  # else packs stay in the order of the data
+    seed: int = 0  # of which rows are held out or repeated, and of the order of packs
 
-    def key(self) -> dict[str, Any]:
-        """What prepared data is addressed by."""
-        own = {k: v for k, v in vars(self).items() if k not in ("tokenizer", "date")}
+    def key(self, drawn: bool) -> dict[str, Any]:
+        """What prepared data is addressed by. `drawn`: some rows are held out, or taken by a weight that is no whole number."""
+        own = {k: v for k, v in vars(self).items() if k not in ("tokenizer", "date", "seed", "shuffle")}
+        own |= {"seed": self.seed if drawn or (self.packing and self.shuffle) else None}
+        own |= {"shuffle": self.shuffle if self.packing else None}
         dated = "strftime_now" in (self.tokenizer.chat_template or "")
         return own | {
             "version": DATA_VERSION,
@@ -103,6 +107,7 @@ class Examples:
 
     rows: list[Row]
     warnings: frozenset[str] = frozenset()
+    stops: frozenset[int] = frozenset()  # the tokens that end its answers
 
 
 def encode(records: Sequence[Record], encoder: ChatEncoder, recipe: Recipe) -> list[Examples | Refused]:
@@ -146,6 +151,10 @@ def _given(record: Tokens, encoder: ChatEncoder) -> Encoded | Refused:
     if (highest := max(record.input_ids)) >= size:
         return Refused("token_out_of_range", f"token {highest}, the tokenizer has {size}")
     labels = list(record.labels if record.labels is not None else record.input_ids)
+    if (highest := max(labels)) >= size:
+        return Refused("token_out_of_range", f"label {highest}, the tokenizer has {size}")
+    if all(label == IGNORE for label in labels[1:]):
+        return Refused("no_trained_token", "nothing is predicted from but the first token")
     return Encoded("", list(record.input_ids), labels, [])
 
 
@@ -153,6 +162,7 @@ def _finish(results: Iterable[Encoded | Refused], encoder: ChatEncoder, recipe: 
     """The rows of a conversation, not longer than is allowed; one that cannot be used refuses them all."""
     rows: list[Row] = []
     warnings: set[str] = set()
+    stops: set[int] = set()
     for result in results:
         if isinstance(result, Refused):
             return result
@@ -164,8 +174,10 @@ def _finish(results: Iterable[Encoded | Refused], encoder: ChatEncoder, recipe: 
             row, note = cut
             warnings.add(note)
         warnings |= result.warnings
+        if result.stop is not None:
+            stops.add(result.stop)
         rows.append(row)
-    return Examples(rows, frozenset(warnings))
+    return Examples(rows, frozenset(warnings), frozenset(stops))
 
 
 def _bos(encoder: ChatEncoder) -> int | None:
@@ -186,14 +198,12 @@ def _evaluations(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -
             last = record.messages[-1]["role"] == "assistant"
             messages = record.messages[:-1] if last else record.messages
             if messages:
-                try:
-                    text = encoder.prompt(messages, record.tools)
-                except Exception as error:  # of the template
-                    yield Refused("template_error", str(error) or type(error).__name__)
+                asked_for = encoder.encode_prompt(messages, record.tools)
+                if isinstance(asked_for, Refused):
+                    yield asked_for
                     continue
-                ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
-                prompt = {"prompt_ids": ids, "prompt": text, "expected": record.expected}
-        yield Examples([row | prompt for row in result.rows], result.warnings)
+                prompt = {"prompt_ids": asked_for.input_ids, "prompt": asked_for.text, "expected": record.expected}
+        yield Examples([row | prompt for row in result.rows], result.warnings, result.stops)
 
 
 def _as_conversation(record: Prompt) -> Conversation:
@@ -211,10 +221,13 @@ def _answered(record: Conversation) -> Conversation:
 
 def _preferences(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
     """`prompt_ids` and two answers, each to the end of its stop token."""
-    answers = [[*r.prompt, answer] for r in records for answer in (r.chosen, r.rejected)]
+    answers = [[*r.prompt, _unweighted(answer)] for r in records for answer in (r.chosen, r.rejected)]
     encoded = iter(encoder.encode_each(answers, [r.tools for r in records for _ in range(2)]))
-    for _ in records:
+    for record in records:
         (chosen,), (rejected,) = next(encoded), next(encoded)
+        if any(key in answer for answer in (record.chosen, record.rejected) for key in OWN_WEIGHT):
+            yield Refused("weight_not_used", "an answer of a pair has no weight of its own")
+            continue
         if isinstance(chosen, Refused) or isinstance(rejected, Refused):
             yield chosen if isinstance(chosen, Refused) else rejected  # type: ignore[misc]
             continue
@@ -225,19 +238,29 @@ def _preferences(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -
             yield Refused("equal_answers", "the same tokens once rendered")
         else:
             row: Row = {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad}
-            yield _answers_cut(row, chosen.warnings | rejected.warnings, encoder, recipe)
+            stops = frozenset(stop for stop in (chosen.stop, rejected.stop) if stop is not None)
+            yield _answers_cut(row, chosen.warnings | rejected.warnings, stops, encoder, recipe)
 
 
 def _labelled(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
     """`prompt_ids`, `completion_ids` to the end of its stop token, and whether it is wanted."""
-    each = encoder.encode_each([[*r.prompt, r.completion] for r in records], [r.tools for r in records])
+    conversations = [[*r.prompt, _unweighted(r.completion)] for r in records]
+    each = encoder.encode_each(conversations, [r.tools for r in records])
     for record, (result,) in zip(records, each, strict=True):
+        if any(key in record.completion for key in OWN_WEIGHT):
+            yield Refused("weight_not_used", "a labelled answer has no weight of its own")
+            continue
         if isinstance(result, Refused):
             yield result
             continue
         prompt, completion = _prompt_and_answer(result)
         row: Row = {"prompt_ids": prompt, "completion_ids": completion, "label": record.label}
-        yield _answers_cut(row, result.warnings, encoder, recipe)
+        stops = frozenset() if result.stop is None else frozenset([result.stop])
+        yield _answers_cut(row, result.warnings, stops, encoder, recipe)
+
+
+def _unweighted(answer: Message) -> Message:
+    return {k: v for k, v in answer.items() if k not in OWN_WEIGHT}
 
 
 def _prompt_and_answer(encoded: Encoded) -> tuple[list[int], list[int]]:
@@ -245,14 +268,16 @@ def _prompt_and_answer(encoded: Encoded) -> tuple[list[int], list[int]]:
     return encoded.input_ids[: trained[0]], encoded.input_ids[trained[0] : trained[-1] + 1]
 
 
-def _answers_cut(row: Row, warnings: frozenset[str], encoder: ChatEncoder, recipe: Recipe) -> Examples | Refused:
+def _answers_cut(
+    row: Row, warnings: frozenset[str], stops: frozenset[int], encoder: ChatEncoder, recipe: Recipe
+) -> Examples | Refused:
     if recipe.max_length is None:
-        return Examples([row], warnings)
+        return Examples([row], warnings, stops)
     cut = cut_both_answers(row, recipe.max_length, recipe.truncation, _bos(encoder))
     if isinstance(cut, Refused):
         return cut
     row, note = cut
-    return Examples([row], warnings | ({note} if note else set()))
+    return Examples([row], warnings | ({note} if note else set()), stops)
 
 
 def _prompts(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
@@ -265,16 +290,18 @@ def _prompts(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> It
             yield Refused("no_prompt", "nothing stands before the answer")
             continue
         try:
-            text = encoder.prompt(messages, record.tools)
             columns = json.dumps(extra, default=str)
-        except Exception as error:  # the template's, or a column that is no JSON
-            yield Refused("template_error", str(error) or type(error).__name__)
+        except (TypeError, ValueError) as error:  # keys that are no strings, numbers that Python will not write
+            yield Refused("wrong_type", f"the row's other columns: {error}")
             continue
-        ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
-        if recipe.max_length is not None and len(ids) > recipe.max_length:
-            yield Refused("too_long", f"{len(ids)} tokens, max_length is {recipe.max_length}")
-            continue
-        yield Examples([{"prompt_ids": ids, "prompt": text, "expected": record.expected, "columns": columns}])
+        asked = encoder.encode_prompt(messages, record.tools)
+        if isinstance(asked, Refused):
+            yield asked
+        elif recipe.max_length is not None and len(asked.input_ids) > recipe.max_length:
+            yield too_long(len(asked.input_ids), recipe.max_length)
+        else:
+            row = {"prompt_ids": asked.input_ids, "prompt": asked.text, "expected": record.expected, "columns": columns}
+            yield Examples([row], asked.warnings)
 
 
 _ENCODERS: dict[Task, Any] = {
@@ -298,6 +325,7 @@ class Outcome:
     copies: int = 1
     held_out: bool = False
     warnings: frozenset[str] = frozenset()
+    stops: frozenset[int] = frozenset()
 
 
 def encode_rows(
@@ -323,11 +351,11 @@ def encode_rows(
             outcomes.append(outcome)
             try:
                 record = _record(row, source, format)
-                if number in duplicates:
-                    raise Rejected("duplicate", "the same as an earlier row")
                 outcome.copies, outcome.held_out = draw(record, source, recipe.seed)
                 if not outcome.copies:
                     raise Rejected("weight", f"not drawn at weight {source.weight:g}")
+                if number in duplicates:
+                    raise Rejected("duplicate", "the same as an earlier row")
             except Rejected as error:
                 outcome.entry = LedgerEntry(file, number, error.reason, error.detail)
             else:
@@ -339,7 +367,7 @@ def encode_rows(
                 if isinstance(result, Refused):
                     outcome.entry = LedgerEntry(file, outcome.row, result.reason, result.detail)
                 else:
-                    outcome.examples, outcome.warnings = result.rows, result.warnings
+                    outcome.examples, outcome.warnings, outcome.stops = result.rows, result.warnings, result.stops
             yield outcome
 
 
@@ -350,14 +378,16 @@ def _record(row: Row | BadRow, source: DataSource, format: str) -> Record:
 
 
 def record_hashes(
-    rows: Iterator[tuple[int, Row | BadRow]], source: DataSource, format: str
+    rows: Iterator[tuple[int, Row | BadRow]], source: DataSource, format: str, seed: int
 ) -> Iterator[tuple[int, int]]:
-    """(row number, 64-bit hash of its record) of every row that is a record: equal rows of any format are equal here."""
+    """(row number, 64-bit hash of its record) of every row that is drawn: equal rows of any format are equal here."""
     for number, row in rows:
         try:
-            yield number, int.from_bytes(_hash(_record(row, source, format)), "little")
+            record = _record(row, source, format)
         except Rejected:
             continue
+        if draw(record, source, seed)[0]:
+            yield number, int.from_bytes(_hash(record), "little")
 
 
 def _hash(record: Record, salt: bytes = b"") -> bytes:
@@ -368,7 +398,8 @@ def _hash(record: Record, salt: bytes = b"") -> bytes:
 def draw(record: Record, source: DataSource, seed: int) -> tuple[int, bool]:
     """(how often the row is taken, whether it is held out). A pure function of the row's content and the seed.
 
-    So it is the same wherever the row stands and whoever reads it, and equal rows fall on the same side of a split.
+    So it is the same wherever the row stands and whoever reads it, and equal rows of sources with the same share fall on
+    the same side of the split (of sources with another share, leave duplicates out).
     """
     share, weight = source.eval, source.weight
     if share and _uniform(record, seed, b"eval") < share:

@@ -25,7 +25,12 @@ Lengths = np.ndarray  # by token id; far below 0 for an id that no token has
 def token_lengths(tokenizer_json: str) -> Lengths | None:
     """Token id -> bytes of text, or None where the tokenizer is of no kind that is known to lose nothing."""
     parts = json.loads(tokenizer_json)
-    if parts["model"].get("type") != "BPE":
+    added = parts.get("added_tokens", [])
+    if parts["model"].get("type") != "BPE" or any(
+        t["lstrip"] or t["rstrip"] or t["normalized"] for t in added if t["special"]
+    ):
+        return None  # such tokens take white space along
+    if any(part.get("add_prefix_space") for part in _flat(parts.get("pre_tokenizer"), "pretokenizers")):
         return None
     kinds = {part["type"] for part in _flat(parts.get("pre_tokenizer"), "pretokenizers")}
     normalizers = _flat(parts.get("normalizer"), "normalizers")
@@ -40,7 +45,7 @@ def token_lengths(tokenizer_json: str) -> Lengths | None:
         lengths = {i: 1 if BYTE.fullmatch(t) else len(t.replace("▁", " ").encode()) for t, i in vocabulary.items()}
     else:
         return None
-    lengths |= {token["id"]: len(token["content"].encode()) for token in parts.get("added_tokens", [])}
+    lengths |= {token["id"]: len(token["content"].encode()) for token in added}
     table = np.full(max(lengths, default=0) + 1, -(1 << 40), dtype=np.int64)
     table[list(lengths)] = list(lengths.values())
     return table

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from typing import Any
 
 Message = dict[str, Any]
@@ -186,6 +185,9 @@ def _tool_calls(value: Any, where: str) -> list[Message]:
     return out
 
 
+LEAST_WEIGHT = 1e-6  # of a turn's loss: what float32 sums bear
+
+
 def _check_options(out: Message, where: str) -> None:
     """The keys with a meaning have the right type; others are kept for the template, if they are sound."""
     for key, value in out.items():
@@ -197,8 +199,8 @@ def _check_options(out: Message, where: str) -> None:
         if key == "weight":
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise wrong_type(field, value, "a number")
-            if not 0 <= value <= sys.float_info.max:  # also false for nan
-                raise Rejected("out_of_range", f"{field} must be a finite number of at least 0")
+            if value != 0 and not LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT:  # also of nan
+                raise Rejected("out_of_range", f"{field} must be 0, or between 1e-6 and 1e6")
         if key not in ("role", "content", "tool_calls"):  # those have been looked at
             valid(key, field)
             valid(value, field)

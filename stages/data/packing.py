@@ -46,15 +46,18 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-def pack_table(table: pa.Table, capacity: int, seed: int) -> pa.Table:
-    """Rows of `input_ids`, `labels` and `weights` as packs of them, in an order drawn from `seed`.
+def pack_table(table: pa.Table, capacity: int, seed: int | None) -> pa.Table:
+    """Rows of `input_ids`, `labels` and `weights` as packs of them, in an order drawn from `seed`, or by their first rows.
 
     A pack has its documents end to end, with their `lengths` (tokens), `sources` and `rows` (where they come from). The
     first token of a document is never trained: what stands before it is another document.
     """
     lengths = pc.list_value_length(table["input_ids"]).to_numpy()
     packs = best_fit(lengths.tolist(), capacity)
-    np.random.default_rng([seed, len(packs)]).shuffle(packs)
+    if seed is None:
+        packs = sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
+    else:
+        np.random.default_rng([seed, len(packs)]).shuffle(packs)
     order = np.concatenate([np.array(pack, dtype=np.int64) for pack in packs])
     documents = table.take(pa.array(order)).combine_chunks()
     sizes = lengths[order]

@@ -31,8 +31,10 @@ from stages.data.encode import Recipe, Row, digest, encode_rows, encoder_for, re
 from stages.data.ledger import LedgerEntry
 from stages.data.packing import pack_table
 from stages.data.source import DataSource, content_hash, find_files, resolve_formats
+from stages.errors import DataError, RaylignError
 
 GROUP_ROWS = 1024  # rows of a Parquet row group: the unit the trainer's feed shuffles
+GROUP_TOKENS = 1 << 20  # of a row group of packs, about
 PACK_ROWS = 65_536  # rows that are packed together ...
 PACK_TOKENS = 1 << 26  # ... or as many tokens
 
@@ -82,8 +84,10 @@ def sources_key(sources: Sequence[DataSource]) -> list[dict[str, Any]]:
     """What identifies the data: the contents of the files, not their names or dates."""
     return [
         {
-            "files": [content_hash(file) for file in find_files(source)],
-            **source.model_dump(mode="json", exclude={"path", "split", "name", "revision"}, exclude_none=True),
+            "files": [[content_hash(file), file.kind, file.gzipped] for file in find_files(source)],
+            **source.model_dump(
+                mode="json", exclude={"path", "format", "split", "name", "revision"}, exclude_none=True
+            ),
         }
         for source in sources
     ]
@@ -105,7 +109,8 @@ def prepare(
         DataError: a file cannot be used.
     """
     formats = resolve_formats(sources)
-    key = {"recipe": recipe.key(), "sources": sources_key(sources), "formats": formats}
+    drawn = any(source.eval or source.weight % 1 for source in sources)
+    key = {"recipe": recipe.key(drawn), "sources": sources_key(sources), "formats": formats}
     target = root / digest(json.dumps(key, sort_keys=True))
     if not (target / "manifest.json").is_file():
         root.mkdir(parents=True, exist_ok=True)
@@ -169,6 +174,7 @@ class _Counts:
     held_out: int = 0
     weighted: bool = False
     warnings: Counter[str] = field(default_factory=Counter)
+    stops: set[int] = field(default_factory=set)
 
     def add(self, rows: Sequence[Row], copies: int) -> None:
         self.kept += 1
@@ -216,6 +222,7 @@ def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, rec
         for outcome in outcomes:
             counts.read += 1
             counts.warnings.update(outcome.warnings)
+            counts.stops |= outcome.stops
             entry = outcome.entry
             rows = [row | {"source": chunk.file.path, "row": outcome.row} for row in outcome.examples]
             if entry is None and outcome.held_out:
@@ -229,13 +236,18 @@ def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, rec
             if entry is not None:
                 lines.write(ledger.as_line(entry))
     os.replace(work / f"ledger-{index:06}.jsonl.tmp", work / f"ledger-{index:06}.jsonl")
-    done = vars(counts) | {"source": chunk.source, "shard": train.close(), "eval": held.close()}
+    done = vars(counts) | {
+        "stops": sorted(counts.stops),
+        "source": chunk.source,
+        "shard": train.close(),
+        "eval": held.close(),
+    }
     _write_json(work / f"done-{index:06}.json", done)
 
 
-def hash_chunk(index: int, chunk: Chunk, source: DataSource, format: str, work: Path) -> None:
+def hash_chunk(index: int, chunk: Chunk, source: DataSource, format: str, seed: int, work: Path) -> None:
     """The hashes of a chunk's records: an array of (row, hash)."""
-    pairs = list(record_hashes(read_chunk(chunk), source, format))
+    pairs = list(record_hashes(read_chunk(chunk), source, format, seed))
     array = np.array(pairs, dtype=np.uint64).reshape(-1, 2)
     temporary = work / f".hashes-{index:06}.npy"
     np.save(temporary, array)
@@ -246,9 +258,10 @@ def pack_window(index: int, files: Sequence[str], recipe: Recipe, work: Path) ->
     """The rows of some shards, packed, in one file."""
     assert recipe.max_length is not None
     table = pa.concat_tables([pq.read_table(work / file) for file in files])
-    packed = pack_table(table, recipe.max_length, seed=recipe.seed)
+    packed = pack_table(table, recipe.max_length, seed=recipe.seed if recipe.shuffle else None)
     path = work / f"packed-{index:06}.parquet"
-    pq.write_table(packed, work / (path.name + ".tmp"), row_group_size=GROUP_ROWS, compression="zstd")
+    rows = max(16, min(GROUP_ROWS, GROUP_TOKENS // recipe.max_length))
+    pq.write_table(packed, work / (path.name + ".tmp"), row_group_size=rows, compression="zstd")
     os.replace(work / (path.name + ".tmp"), path)
 
 
@@ -284,7 +297,9 @@ class _Making:
         if recipe.deduplicate:
             self._map(
                 [i for i in range(len(todo)) if not (work / f"hashes-{i:06}.npy").is_file()],
-                lambda i, todo: hash_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], work),
+                lambda i, todo: hash_chunk(
+                    i, todo[i], sources[todo[i].source], formats[todo[i].source], recipe.seed, work
+                ),
                 todo,
             )
             mark_duplicates(work, len(todo))
@@ -293,6 +308,9 @@ class _Making:
             lambda i, todo: prepare_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], recipe, work),
             todo,
         )
+        if sources_key(sources) != self.key["sources"]:
+            shutil.rmtree(work)
+            raise DataError("the data changed while it was being prepared; run the same command again")
         done = [json.loads((work / f"done-{i:06}.json").read_text()) for i in range(len(todo))]
         packed = self._pack(done) if recipe.packing else None
         self._write_manifest(done, packed)
@@ -321,14 +339,19 @@ class _Making:
 
         def one(row: dict[str, Any]) -> dict[str, Any]:
             task, shared = ray.get(job)
-            task(row["index"], shared)
-            return row
+            try:
+                task(row["index"], shared)
+            except RaylignError as error:  # for the user: Ray would wrap it in a trace, and lose what it was
+                return row | {"error": str(error)}
+            return row | {"error": ""}
 
         cpus = int(ray.cluster_resources().get("CPU", 1))
         blocks = min(len(indices), 2 * cpus)  # few blocks with several chunks each: a block costs tens of milliseconds
         items = [{"index": i} for i in indices]
         results = ray.data.from_items(items, override_num_blocks=blocks).map(one).iter_rows()
-        for count, _ in enumerate(results, 1):
+        for count, result in enumerate(results, 1):
+            if result["error"]:
+                raise DataError(result["error"])
             self.progress(count, len(indices))
 
     def _pack(self, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -371,6 +394,7 @@ class _Making:
             "longest": max((chunk["longest"] for chunk in done), default=0),
             "fill": tokens / (rows * self.recipe.max_length) if packed and self.recipe.max_length else None,
             "weighted": any(chunk["weighted"] for chunk in done),
+            "stop_ids": sorted({stop for chunk in done for stop in chunk["stops"]}),
             "warnings": dict(warnings.most_common()),
             "ledger": ledger.summary(read, kept, ledger.read_entries(self.work)),
             "sources": [self._mixture(i, source, done, tokens) for i, source in enumerate(self.sources)],

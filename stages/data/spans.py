@@ -261,6 +261,10 @@ class _Conversation:
         header = self._prompt_header(prompt, bare) if prompt is not None and bare is not None else ""
         floor = max((end for j, (_, end) in self.contents.items() if j < i), default=0)
         if prompt is not None and len(prompt) >= floor and self.text.startswith(prompt):
+            start, _ = self.contents.get(i, (-1, -1))
+            if header.strip() and 0 <= start < len(prompt) and not THINK.match(self.text, start):
+                # The answer begins with the very words of the prompt: the header may not be in the text at all.
+                raise _Refusal("prompt_in_answer", f"turn {i} begins like its generation prompt {header[:40]!r}")
             if header.strip():
                 return len(prompt)
             gap = self._plain_gap(i, prompt)
@@ -421,7 +425,8 @@ class _Conversation:
             begin, (start, _) = self.segments[j][0], self.contents.get(j, (-1, -1))
             header = self.text[begin:start].strip() if start > begin else ""
             if header and (j == 0 or self.messages[j - 1]["role"] != "assistant"):
-                return self.text.startswith(header, end + _blank(self.text, end))
+                upto, _ = self.contents.get(i + 1, (-1, -1))
+                return self.text[end:upto].strip() == header
         return False
 
     # ---------------------------------------------------------------------------------- nothing lost, nothing else

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 WINDOW_ROWS = 16384
+WINDOW_TOKENS = 1 << 25  # a window of long rows has fewer of them
 PIECE_ROWS = 512  # rows of one block on its way to the worker
 
 Group = tuple[str, int, int]  # file, row group, rows
@@ -113,11 +114,21 @@ class Feed:
         steps: optimiser steps in all, over all epochs; the feed ends there.
         seed: of the order of the rows; None leaves them in that of the data.
         start_step: optimiser steps already done.
+        tokens_per_row: about how long rows are: it bounds the rows that are held and shuffled together.
     """
 
     def __init__(
-        self, groups: list[Group], *, rank: int, shares: Shares, steps: int, seed: int | None, start_step: int = 0
+        self,
+        groups: list[Group],
+        *,
+        rank: int,
+        shares: Shares,
+        steps: int,
+        seed: int | None,
+        start_step: int = 0,
+        tokens_per_row: float = 1.0,
     ) -> None:
+        self.window_rows = max(1, min(WINDOW_ROWS, int(WINDOW_TOKENS / tokens_per_row)))
         self.groups, self.rank, self.shares, self.steps, self.seed = groups, rank, shares, steps, seed
         self.rows = sum(rows for _, _, rows in groups)
         self.steps_per_epoch = shares.steps(self.rows)
@@ -173,7 +184,7 @@ def stream(feed: Feed) -> Iterator[pa.Table]:
     plan = [
         (window, first_step if epoch == first_epoch else 0)
         for epoch in range(first_epoch, feed.epochs)
-        for window in windows(feed.groups, seed=feed.seed, epoch=epoch, window_rows=WINDOW_ROWS)
+        for window in windows(feed.groups, seed=feed.seed, epoch=epoch, window_rows=feed.window_rows)
         if epoch > first_epoch or window.start + window.rows > first_step * feed.shares.rows_per_step
     ]
     rank, shares, seed = feed.rank, feed.shares, feed.seed

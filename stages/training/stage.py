@@ -10,9 +10,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from stages.base import ArtifactKind, Share, Stage, StageContext, StageResult
-from stages.data.chat import IGNORE, tokenizer_spec
+from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
 from stages.data.ledger import check_lost, read_entries, write_entries
+from stages.data.mask import Mask
 from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ class TrainStage(Stage):
     data: list[DataSource] = Field(min_length=1)
     train: TrainConfig
     tuning: Annotated[Full | Lora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
+    mask: Mask = Mask()
     truncation: Truncation = Field(
         default="drop",
         description="Rows longer than max_length: refuse (stop the run), drop (to the ledger), or cut left or right.",
@@ -66,7 +68,9 @@ class TrainStage(Stage):
             max_length=self.max_length,
             truncation=self.truncation,
             deduplicate=self.deduplicate,
+            shuffle=self.shuffle,
             seed=seed,
+            **self.mask.options(),
         )
 
     def lora(self) -> dict[str, Any] | None:
@@ -102,11 +106,12 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         lora=stage.lora(),
         deepspeed=deepspeed_config(stage.deepspeed),
         chat_template=ctx.chat_template,
-        stop_ids=stop_ids(data),
+        stop_ids=data.manifest["stop_ids"],
         seed=ctx.seed,
         shuffle=stage.shuffle,
         weighted=data.manifest["weighted"],
         packed=data.manifest["fill"] is not None,
+        tokens_per_row=max(1.0, data.tokens / max(data.rows, 1)),
         held_out=data.row_groups("eval"),
     )
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
@@ -136,19 +141,3 @@ def write_ledger(data: Prepared, work: Path) -> None:
     """The stage's own copy of the ledger: `ledger.json` counts, `ledger.jsonl` names every row."""
     (work / "ledger.json").write_text(json.dumps(data.manifest["ledger"], indent=1))
     write_entries(work / "ledger.jsonl", read_entries(data.path))
-
-
-def stop_ids(data: Prepared) -> list[int]:
-    """The tokens that end an answer, as the first rows show them."""
-    import pyarrow.parquet as pq
-
-    file, group, _ = data.row_groups()[0]
-    found: dict[int, None] = {}
-    for row in pq.ParquetFile(file).read_row_group(group).slice(0, 64).to_pylist():
-        if "chosen_ids" in row:
-            found[row["chosen_ids"][-1]] = None
-        else:
-            trained = [i for i, label in enumerate(row["labels"]) if label != IGNORE]
-            if len(trained) < len(row["labels"]):  # plain text has no stop token
-                found[row["labels"][trained[-1]]] = None
-    return list(found)

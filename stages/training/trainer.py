@@ -47,6 +47,7 @@ class TrainJob:
     shuffle: bool = True
     weighted: bool = False  # the data has per-token weights
     packed: bool = False  # rows are packs of documents
+    tokens_per_row: float = 1.0
     held_out: list[Group] = field(default_factory=list)  # rows to evaluate on after training
 
     @property
@@ -173,7 +174,15 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * shares.steps(rows))
     checkpoint, done = last_checkpoint(job.work / "checkpoints")
     order = job.seed if job.shuffle else None
-    feed = Feed(job.groups, rank=rank, shares=shares, steps=total, seed=order, start_step=done)
+    feed = Feed(
+        job.groups,
+        rank=rank,
+        shares=shares,
+        steps=total,
+        seed=order,
+        start_step=done,
+        tokens_per_row=job.tokens_per_row,
+    )
     trainer.loader = FeedLoader(feed, trainer.data_collator, job.placeholder)
     if rank == 0:
         Reporter(job.work).rewind(done)

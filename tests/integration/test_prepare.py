@@ -212,6 +212,43 @@ def test_preparation_goes_on_where_it_stopped(
     assert {name: (made.path / name).stat().st_mtime_ns for name in stamps} == stamps
 
 
+def test_what_a_task_says_to_the_user_is_said(
+    tmp_path: Path, data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of our own comes out of Ray's wrappings; data that changes while it is read is not kept."""
+
+    def unreachable(*_: Any) -> None:
+        raise DataError("s3://bucket/x: no access")
+
+    recipe, sources = Recipe("conversation", tokenizer_spec(tokenizer)), [DataSource(path=str(data / "chats.jsonl"))]
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "prepare_chunk", unreachable)
+        with pytest.raises(DataError, match=r"^s3://bucket/x: no access$"):
+            prepare(sources, recipe, tmp_path / "p")
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}])
+
+    def change(done: int, total: int) -> None:
+        write_jsonl(path, [{"prompt": "a", "completion": "c"}])
+
+    with pytest.raises(DataError, match="changed while it was being prepared"):
+        prepare([DataSource(path=str(path))], recipe, tmp_path / "p", change)
+    assert not [p for p in (tmp_path / "p").iterdir() if (p / "manifest.json").is_file()]
+
+
+def test_the_key_has_what_decides_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"a{i}", "completion": "b"} for i in range(3)]
+    spec, path = tokenizer_spec(tokenizer), write_jsonl(tmp_path / "x.jsonl", rows)
+    (tmp_path / "y.json").write_bytes(path.read_bytes())
+
+    def folder(name: str, seed: int = 0, **options: Any) -> str:
+        recipe = Recipe("conversation", spec, seed=seed)
+        return prepare([DataSource(path=str(tmp_path / name), **options)], recipe, tmp_path / "p").path.name
+
+    plain = folder("x.jsonl")
+    assert plain == folder("x.jsonl", 1) == folder("x.jsonl", format="prompt_completion")
+    assert len({plain, folder("y.json"), folder("x.jsonl", weight=1.5), folder("x.jsonl", 1, weight=1.5)}) == 4
+
+
 def test_no_more_than_a_few_rows_are_held_at_a_time(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
