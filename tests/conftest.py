@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from stages.training.launch import ENVIRONMENT
 
@@ -18,6 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "160"
+
+# The same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("explore", settings.get_profile("default"), max_examples=400)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -234,6 +234,9 @@ DROPS_REASONING = CHATML.replace(CONTENT, "{% if message.role == 'assistant' and
         (CHATML, CALLS, "tool_calls_dropped"),
         (CHATML, [user("\U0010fff0"), answer("b", name="x")], "private_use_characters"),
         (CHATML, [{"content": "b"}], "malformed_message"),
+        (CHATML, [user("a"), answer("b", tool_calls=[{"function": True}])], "malformed_message"),
+        (CHATML, [user("a"), {"role": "assistant", "content": 7}], "malformed_message"),
+        (CHATML, [user("a"), {"role": "assistant", "content": [{"type": "image"}]}], "malformed_message"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(
@@ -433,8 +436,8 @@ def test_lengths_of_tokens_say_what_offsets_say(tokenizer: Any, normalizer: Any)
     if normalizer:
         changed.normalizer = normalizer
     quick, slow = (ChatEncoder(dataclasses.replace(spec, json=changed.to_str())) for _ in range(2))
-    assert quick._lengths is not None
-    slow._lengths = None
+    assert quick.tokeniser.lengths is not None
+    slow.tokeniser.lengths = None
     rng = random.Random(0)
     alphabet = "ab \n\té漢🙂é가ö<|"
     conversations = [

@@ -454,7 +454,8 @@ class _Conversation:
             if lost := _missing_calls(message, part):
                 raise _Refusal("tool_calls_dropped", f"turn {i}: {lost[:80]!r} is not in the text")
         for tool in self.tools or []:
-            name = (tool.get("function") or tool).get("name")
+            function = tool.get("function")
+            name = (function if isinstance(function, dict) else tool).get("name")
             if isinstance(name, str) and name not in self.text:
                 self.warnings.add("tools_dropped")
 
