@@ -20,7 +20,8 @@ from tokenizers import Encoding
 
 from stages.data.layout import Layout, Shape, Spans, make_layout, shape_of
 from stages.data.records import Message
-from stages.data.spans import Refused, SpanFinder, shapes
+from stages.data.shapes import shapes
+from stages.data.spans import Refused, SpanFinder
 from stages.data.template import ChatTemplate, MarksMoved, Tools
 from stages.data.tokenise import (
     IGNORE,
