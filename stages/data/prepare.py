@@ -254,10 +254,10 @@ def hash_chunk(index: int, chunk: Chunk, source: DataSource, format: str, seed: 
     os.replace(temporary, work / f"hashes-{index:06}.npy")
 
 
-def pack_window(index: int, files: Sequence[str], recipe: Recipe, work: Path) -> None:
-    """The rows of some shards, packed, in one file."""
+def pack_window(index: int, groups: Sequence[tuple[str, int]], recipe: Recipe, work: Path) -> None:
+    """The rows of some row groups of shards, packed, in one file."""
     assert recipe.max_length is not None
-    table = pa.concat_tables([pq.read_table(work / file) for file in files])
+    table = pa.concat_tables([pq.ParquetFile(work / file).read_row_group(group) for file, group in groups])
     packed = pack_table(table, recipe.max_length, seed=recipe.seed if recipe.shuffle else None)
     path = work / f"packed-{index:06}.parquet"
     rows = max(16, min(GROUP_ROWS, GROUP_TOKENS // recipe.max_length))
@@ -355,17 +355,17 @@ class _Making:
             self.progress(count, len(indices))
 
     def _pack(self, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The shards' rows in packs, a window of consecutive shards at a time."""
-        windows: list[list[str]] = [[]]
+        """The shards' rows in packs, a window of consecutive row groups at a time."""
+        windows: list[list[tuple[str, int]]] = [[]]
         rows = tokens = 0
         for chunk in done:
-            if not chunk["shard"]:
-                continue
-            if windows[-1] and (rows + chunk["shard"]["rows"] > PACK_ROWS or tokens + chunk["tokens"] > PACK_TOKENS):
-                windows.append([])
-                rows = tokens = 0
-            windows[-1].append(chunk["shard"]["file"])
-            rows, tokens = rows + chunk["shard"]["rows"], tokens + chunk["tokens"]
+            for group, size in enumerate(chunk["shard"]["groups"] if chunk["shard"] else []):
+                long = round(chunk["tokens"] * size / chunk["shard"]["rows"])
+                if windows[-1] and (rows + size > PACK_ROWS or tokens + long > PACK_TOKENS):
+                    windows.append([])
+                    rows = tokens = 0
+                windows[-1].append((chunk["shard"]["file"], group))
+                rows, tokens = rows + size, tokens + long
         windows = [window for window in windows if window]
         recipe, work = self.recipe, self.work
         left = [i for i in range(len(windows)) if not (work / f"packed-{i:06}.parquet").is_file()]
