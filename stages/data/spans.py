@@ -22,9 +22,8 @@ from stages.data.template import MARKS, REASONING, ChatTemplate, Marked, MarksMo
 
 PROBE = "Zyzzyva"  # a plain answer, put where a header is to be measured
 THINK = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
-MARK_LIKE = re.compile(
-    r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|([^\w\s])\1{1,9}"
-)  # an end mark that is not one token of this tokenizer
+# An end mark, or two, that are not tokens of this tokenizer.
+MARK_LIKE = re.compile(r"(?:<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\])+|([^\w\s])\1{1,9}")
 
 WARNINGS = {
     "no_stop_token": "the template writes no end mark after this answer: the model will not learn to stop",
