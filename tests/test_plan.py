@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline import Pipeline
-from pipeline.plan import describe, make_plan, planned_steps, resources_for
+from pipeline.plan import describe, expected_rows, make_plan, planned_steps, resources_for
 from pipeline.spec import Cluster, Spec
 from stages import SFT, Evaluate
+from stages.data.source import DataSource
 
 
 def pipeline(data: Path, model: str, storage: Path, **changes: Any) -> Pipeline:
@@ -150,3 +151,21 @@ def test_planning_changes_nothing(data: Path, model: str, tmp_path: Path) -> Non
     spec: Spec = pipeline(data, model, tmp_path / "runs").spec
     describe(make_plan(spec))
     assert not (tmp_path / "runs").exists()
+
+
+def test_expected_rows_know_weights_and_splits(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 100)
+    sources = [DataSource(path=str(path), weight=2.5, eval="20%"), DataSource(path=str(path), weight=0.1)]
+    assert expected_rows(sources) == 210
+
+
+def test_steps_of_packs_are_not_known_before_they_are_made() -> None:
+    stage = SFT(data=[{"path": "a.jsonl"}], train={"packing": True})
+    assert planned_steps(stage, 1000, 1) is None
+    assert planned_steps(SFT(data=[{"path": "a.jsonl"}], train={"packing": True, "max_steps": 7}), 1000, 1) == 7
+
+
+def test_held_out_rows_of_an_evaluation_are_scored_once() -> None:
+    with pytest.raises(ValueError, match=r"a.jsonl: held-out rows are scored once each; leave `weight` and `eval` out"):
+        Evaluate(models=["m"], data=[{"path": "a.jsonl", "weight": 2.0}])
