@@ -492,9 +492,14 @@ def _forms(leaf: Any) -> set[str]:
 
 def _common(a: str, b: str) -> int:
     """Length of the common beginning."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _blank(text: str, at: int) -> int:
