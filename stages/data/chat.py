@@ -62,7 +62,7 @@ HERMES = (
 )
 BUILT_IN = {"chatml": CHATML, "hermes": HERMES}
 SHAPES = 4096  # layouts that are kept
-AHEAD = 2
+AHEAD = 2  # batches that are being tokenised at a time
 BATCH = 256  # conversations that are rendered while the ones before them are being tokenised
 
 
@@ -234,7 +234,7 @@ class ChatEncoder:
                 yield Refused("malformed_message", f"message {wrong}: {messages[wrong]!r:.200}")
                 return
             for n, message in enumerate(messages):
-                weight = message.get("weight", 1.0)
+                weight = 1.0 if message.get("weight") is None else message["weight"]
                 if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
                     yield Refused("malformed_message", f"message {n} has the weight {weight!r:.40}")
                     return
@@ -259,11 +259,10 @@ class ChatEncoder:
         if self.history != "refuse" and (lost or (isinstance(found, Spans) and found.rewritten)):
             if self.history == "last_turn":
                 chosen = chosen[-1:]
-            if chosen:
-                for n in chosen:
-                    alone = self._derived(messages[: n + 1], tools, only=n)
-                    yield alone if isinstance(alone, Refused) else self._job(i, alone, [n], weights)
-                return
+            for n in chosen:
+                alone = self._derived(messages[: n + 1], tools, only=n)
+                yield alone if isinstance(alone, Refused) else self._job(i, alone, [n], weights)
+            return
         yield found if isinstance(found, Refused) else self._job(i, found, chosen, weights)
 
     def _chosen(self, messages: Sequence[Message], weights: dict[int, float]) -> list[int]:
@@ -312,7 +311,7 @@ class ChatEncoder:
                     return Refused("control_token_in_content", f"{token.group()!r} in {text[:80]!r}")
         turns = [(turn.message, turn.start, turn.end) for turn in found.turns]
         contents = [place for place in found.contents.values() if place[0] >= 0]
-        return Spans(found.text, turns, contents, found.warnings, found.rewritten is not None)
+        return Spans(found.text, turns, contents, found.warnings, found.rewritten)
 
     def _layout(self, shape: Shape) -> Layout | None:
         if shape not in self._layouts:

@@ -14,6 +14,7 @@ from stages.data import spans, truncate
 from stages.data.chat import IGNORE, ChatEncoder, ControlTokens, Encoded, History, Refused, TokenizerSpec, TrainOn
 from stages.data.chunks import BadRow
 from stages.data.ledger import LedgerEntry
+from stages.data.mixing import draw, hash_of
 from stages.data.records import (
     Conversation,
     Labelled,
@@ -387,27 +388,4 @@ def record_hashes(
         except Rejected:
             continue
         if draw(record, source, seed)[0]:
-            yield number, int.from_bytes(_hash(record), "little")
-
-
-def _hash(record: Record, salt: bytes = b"") -> bytes:
-    text = json.dumps([type(record).__name__, vars(record)], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt).digest()
-
-
-def draw(record: Record, source: DataSource, seed: int) -> tuple[int, bool]:
-    """(how often the row is taken, whether it is held out). A pure function of the row's content and the seed.
-
-    So it is the same wherever the row stands and whoever reads it, and equal rows of sources with the same share fall on
-    the same side of the split (of sources with another share, leave duplicates out).
-    """
-    share, weight = source.eval, source.weight
-    if share and _uniform(record, seed, b"eval") < share:
-        return 1, True
-    whole = int(weight)
-    more = weight > whole and _uniform(record, seed, b"weight") < weight - whole
-    return whole + more, False
-
-
-def _uniform(record: Record, seed: int, purpose: bytes) -> float:
-    return int.from_bytes(_hash(record, purpose + (seed % 2**32).to_bytes(4, "little")), "little") / 2**64
+            yield number, int.from_bytes(hash_of(record), "little")

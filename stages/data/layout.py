@@ -96,7 +96,7 @@ def make_layout(finder: SpanFinder, shape: Shape) -> Layout | None:
     strip = _stripping(finder, [{**m, "content": f" \n {m['content']} \n "} for m in probe], between)
     if strip is None:
         return None
-    return Layout(between, strip, turns, found.warnings, found.rewritten is not None)
+    return Layout(between, strip, turns, found.warnings, found.rewritten)
 
 
 def _stripping(finder: SpanFinder, probe: list[Message], between: list[str]) -> list[str] | None:

@@ -29,6 +29,7 @@ from stages.data.chat import IGNORE, no_collection
 from stages.data.chunks import Chunk, chunks, read_chunk
 from stages.data.encode import Recipe, Row, digest, encode_rows, encoder_for, record_hashes
 from stages.data.ledger import LedgerEntry
+from stages.data.mixing import mark_duplicates
 from stages.data.packing import pack_table
 from stages.data.source import DataSource, content_hash, find_files, resolve_formats
 from stages.errors import DataError, RaylignError
@@ -412,23 +413,3 @@ class _Making:
         }
         share = {"share_of_tokens": total["tokens"] / tokens if tokens else 0.0}
         return source.model_dump(mode="json", exclude_none=True) | {"format": self.formats[i]} | total | share
-
-
-def mark_duplicates(work: Path, count: int) -> None:
-    """From the hashes of all chunks, the rows of each that stand in an earlier place already.
-
-    The hashes are gone through a sixteenth at a time, so memory is half a byte for each row.
-    """
-    arrays = [np.load(work / f"hashes-{i:06}.npy", mmap_mode="r") for i in range(count)]
-    repeated: list[list[np.ndarray]] = [[] for _ in arrays]
-    for part in range(16):
-        chosen = [np.flatnonzero((array[:, 1] & np.uint64(15)) == part) for array in arrays]
-        hashes = np.concatenate([array[places, 1] for array, places in zip(arrays, chosen, strict=True)])
-        again = np.ones(len(hashes), dtype=bool)
-        again[np.unique(hashes, return_index=True)[1]] = False  # the first of each is kept
-        at = 0
-        for i, places in enumerate(chosen):
-            repeated[i].append(arrays[i][places[again[at : at + len(places)]], 0])
-            at += len(places)
-    for i, rows in enumerate(repeated):
-        np.save(work / f"duplicates-{i:06}.npy", np.sort(np.concatenate(rows)).astype(np.int64))

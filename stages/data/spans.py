@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -58,7 +58,7 @@ class Found:
     turns: list[Turn]
     contents: dict[int, tuple[int, int]]  # message -> where its content stands
     warnings: frozenset[str]
-    rewritten: str | None  # how an earlier turn differs from what it was as the last
+    rewritten: bool  # an earlier turn differs from what it was as the last, or stands after another text
 
 
 class _Refusal(Exception):
@@ -101,7 +101,7 @@ class SpanFinder:
                 first = first or refusal.refused
                 continue
             if number:
-                return Found(found.text, found.turns, found.contents, found.warnings | {"reshaped"}, found.rewritten)
+                return replace(found, warnings=found.warnings | {"reshaped"})
             return found
         assert first is not None
         return first
@@ -122,7 +122,7 @@ class _Conversation:
             raise _Refusal("template_error", str(error) or type(error).__name__) from None
         if MARKS.search(self.text):
             raise _Refusal("private_use_characters", "the text has characters that are used to mark it")
-        self.segments, self.twice = self._segments()
+        self.segments = self._segments()
         self.contents = self._contents()
         self.assistants = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         turns = [turn for i in self.assistants if self.only in (None, i) and (turn := self._turn(i))]
@@ -133,12 +133,11 @@ class _Conversation:
 
     # ---------------------------------------------------------------------------------- where things are
 
-    def _segments(self) -> tuple[dict[int, tuple[int, int]], frozenset[int]]:
+    def _segments(self) -> dict[int, tuple[int, int]]:
         try:
-            marked = self.template.segments(self.messages, self.text, self.tools)
+            return self.template.segments(self.messages, self.text, self.tools).segments
         except Exception:  # marks upset this template: contents must do
-            return {}, frozenset()
-        return marked.segments, marked.twice
+            return {}
 
     def _contents(self) -> dict[int, tuple[int, int]]:
         """Message -> where its content stands; absent where the template changed it."""
@@ -424,16 +423,14 @@ class _Conversation:
             if one.end > other.start:
                 raise _Refusal("overlap", f"turns {one.message} and {other.message}")
 
-    def _rewritten(self, turns: list[Turn]) -> str | None:
-        """How a turn is no longer what it was when it was the last one, in words."""
+    def _rewritten(self, turns: list[Turn]) -> bool:
+        """Whether a turn is not what, or does not stand where, it was written by the model."""
         for turn in turns[:-1]:
             upto = self._render(self.messages[: turn.message + 1])
             if upto is not None and not upto.startswith(self.text[: turn.end]):
                 self.warnings.add("history_differs")
-                return f"turn {turn.message}: {_difference(upto, self.text[: turn.end])}"
-        if "prompt_differs" in self.warnings:
-            return "a turn does not stand after its generation prompt"
-        return None
+                return True
+        return "prompt_differs" in self.warnings
 
 
 def _core(message: Message) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,10 +22,10 @@ from stages.data.records import Message
 Tools = list[dict[str, Any]] | None
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers knows
 
-_BEGIN, _END, _TAG_BEGIN, _TAG_END, _CONTENT_BEGIN, _CONTENT_END = (chr(0x10FFF0 + i) for i in range(6))
+_BEGIN, _END, _CONTENT_BEGIN, _CONTENT_END = (chr(0x10FFF0 + i) for i in range(4))
 _NUMBER = 0x10E000  # a mark is followed by the message's number, as one private-use character
 _NUMBERS = 0x1000
-MARKS = re.compile("[\U0010e000-\U0010efff\U0010fff0-\U0010fff5]")
+MARKS = re.compile("[\U0010e000-\U0010efff\U0010fff0-\U0010fff3]")
 
 
 class MarksMoved(Exception):
@@ -38,7 +38,6 @@ class Marked:
 
     segments: dict[int, tuple[int, int]]  # message -> all that its turn of the loop wrote
     twice: frozenset[int]  # messages that were written more than once
-    tags: list[tuple[int, int]]  # what stands in `{% generation %}`
     starts: dict[int, int]  # message -> first character of its content, without outer white space
     ends: dict[int, int]
 
@@ -52,9 +51,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: dict[str, Any], date: datetime.datetime | None = None) -> None:
         plain, marked = _compiled(source)
-        self.source, self.variables = source, variables
+        self.variables = variables
         self.date = date or datetime.datetime.now()
-        self.dated = "strftime_now" in source
         self._plain, self._marked = plain, marked
         own = {"documents": None, "strftime_now": self.date.strftime}
         self._names = {**plain.globals, **own, **variables}  # all that templates see but the conversation
@@ -133,8 +131,6 @@ def _read_marks(rendered: str, text: str) -> Marked:
         raise MarksMoved
     spans: dict[int, list[tuple[int, int]]] = {}
     open_at: list[tuple[int, int]] = []
-    tags: list[tuple[int, int]] = []
-    tag_at: list[int] = []
     starts: dict[int, list[int]] = {}
     ends: dict[int, list[int]] = {}
     marks = list(MARKS.finditer(rendered))
@@ -147,10 +143,6 @@ def _read_marks(rendered: str, text: str) -> Marked:
             index, start = open_at.pop()
             if text[start:at]:
                 spans.setdefault(index, []).append((start, at))
-        elif kind == _TAG_BEGIN:
-            tag_at.append(at)
-        elif kind == _TAG_END:
-            tags.append((tag_at.pop(), at))
         elif kind == _CONTENT_BEGIN:
             starts.setdefault(number, []).append(at)
         elif kind == _CONTENT_END:
@@ -159,7 +151,6 @@ def _read_marks(rendered: str, text: str) -> Marked:
     return Marked(
         {i: places[0] for i, places in spans.items() if len(places) == 1},
         frozenset(several),
-        tags,
         {i: places[0] for i, places in starts.items() if len(places) == 1},
         {i: places[0] for i, places in ends.items() if len(places) == 1},
     )
@@ -180,10 +171,6 @@ def _compiled(source: str) -> tuple[Template, Template]:
         if isinstance(loop.target, nodes.Name):
             begin = _call("raylign_begin", [nodes.Name(loop.target.name, "load")], loop)
             loop.body = [begin, *_ending(loop.body, loop), _call("raylign_end", [], loop)]
-    for block in list(tree.find_all(nodes.CallBlock)):
-        called = block.call.node
-        if isinstance(called, nodes.ExtensionAttribute) and called.name == "_generation_support":
-            block.body = [_text(_TAG_BEGIN, block), *block.body, _text(_TAG_END, block)]
     return plain, environment.from_string(tree)
 
 
@@ -209,18 +196,8 @@ def _branches(node: nodes.If) -> Iterator[nodes.If]:
 
 
 def _call(name: str, arguments: list[nodes.Expr], near: nodes.Node) -> nodes.Node:
-    return _placed(nodes.Output([nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)]), near)
-
-
-def _text(text: str, near: nodes.Node) -> nodes.Node:
-    return _placed(nodes.Output([nodes.TemplateData(text)]), near)
-
-
-def _placed(node: nodes.Node, near: nodes.Node) -> nodes.Node:
+    node = nodes.Output([nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)])
     node.set_lineno(near.lineno)
     assert near.environment is not None
     node.set_environment(near.environment)
     return node
-
-
-Render = Callable[..., str]
