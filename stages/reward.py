@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 from stages.base import StageContext, StageResult
 from stages.data.encode import Task
 from stages.training.arguments import TrainConfig, train_config
+from stages.training.fed import Fed
+from stages.training.job import TrainerParts
 from stages.training.stage import TrainStage, run_training
-from stages.training.trainer import Fed, TrainerParts
 
 RewardArguments: type[TrainConfig] = train_config("RewardConfig")
 

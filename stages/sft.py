@@ -11,8 +11,9 @@ from stages.data.encode import Recipe, Task
 from stages.data.mask import TrainMask
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.collate import conversation_collator
+from stages.training.fed import OF_THE_FEED, Fed
+from stages.training.job import TrainerParts
 from stages.training.stage import TrainStage, run_training
-from stages.training.trainer import OF_THE_FEED, Fed, TrainerParts
 
 SFTArguments: type[TrainConfig] = train_config("SFTConfig")
 

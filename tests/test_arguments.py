@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from stages.training.arguments import MANAGED, Lora, library_fields, train_config
+from stages.training.arguments import MANAGED, library_fields, train_config
+from stages.training.tuning import Lora
 
 
 @pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig", "DPOConfig"])

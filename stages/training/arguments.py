@@ -121,25 +121,3 @@ def train_config(name: str) -> type[TrainConfig]:
     """The pydantic model of a trainer's arguments (`SFTConfig`, `RewardConfig`, `DPOConfig`)."""
     fields = {k: (v, Field(default=None)) for k, v in library_fields(name).items() if k not in MANAGED}
     return create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
-
-
-class Full(Config):
-    """Every weight is trained."""
-
-    method: Literal["full"] = "full"
-
-
-class _Lora(LibraryConfig):
-    method: Literal["lora"]
-
-    def given(self) -> dict[str, Any]:
-        return {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]} | {
-            k: v for k, v in super().given().items() if k != "method"
-        }
-
-
-def _lora_fields() -> dict[str, Any]:
-    return {k: (v, Field(default=None)) for k, v in library_fields("LoraConfig").items() if k != "task_type"}
-
-
-Lora: type[_Lora] = create_model("Lora", __base__=_Lora, **_lora_fields())

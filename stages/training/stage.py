@@ -18,10 +18,12 @@ from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 from stages.data.truncate import Truncation
-from stages.training.arguments import Full, Lora, TrainConfig
+from stages.training.arguments import TrainConfig
 from stages.training.deepspeed import deepspeed_config
+from stages.training.job import Build, TrainJob
 from stages.training.launch import launch, quiet_ray
-from stages.training.trainer import Build, TrainJob, import_trainers, train_on_worker
+from stages.training.trainer import import_trainers, train_on_worker
+from stages.training.tuning import Full, Lora
 
 
 class TrainStage(Stage):

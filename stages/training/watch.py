@@ -1,0 +1,44 @@
+"""What a training says of itself while it runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from stages.base import Reporter
+
+
+def report_callback(work: Path) -> Any:
+    """Progress and metrics to the stage's folder, checkpoints to Ray Train."""
+    import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):
+        def __init__(self) -> None:
+            self.reporter, self.told = Reporter(work), 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                self.reporter.phase("train", steps=state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero and (time.time() - self.told > 0.5 or state.global_step == state.max_steps):
+                self.told = time.time()
+                last = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
+                self.reporter.progress(state.global_step, state.max_steps, "step", loss=last)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if state.is_world_process_zero and "loss" in logs:
+                self.reporter.metrics(state.global_step, {k: v for k, v in logs.items() if k != "step"})
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            ray.train.report(  # a barrier: every rank comes here
+                {"step": state.global_step},
+                checkpoint=Checkpoint.from_directory(folder),
+                checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            )
+
+    return Report()
