@@ -10,7 +10,7 @@ import ast
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Field, create_model, model_validator
 
@@ -19,6 +19,7 @@ from stages.base import Config
 # class -> (package, file of its source); a base class listed here contributes its fields
 _SOURCES = {
     "TrainingArguments": ("transformers", "training_args.py"),
+    "OptimizerNames": ("transformers", "training_args.py"),
     "_BaseConfig": ("trl", "trainer/base_config.py"),
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "RewardConfig": ("trl", "trainer/reward_config.py"),
@@ -34,7 +35,7 @@ MANAGED = {
     "seed": "use the spec's `seed`",
     "data_seed": "use the spec's `seed`",
     "chat_template_path": "use the spec's `chat_template`",
-    "model_init_kwargs": "use the spec's `model`",
+    "model_init_kwargs": "use the spec's `model`, and `attention` and `tuning` beside `train`",
     "assistant_only_loss": "use `mask: {train_on: assistant}`",
     "completion_only_loss": "use `mask: {train_on: completion}`",
     "dataset_text_field": "use `columns: {text: ...}` of the data source",
@@ -48,16 +49,13 @@ MANAGED = {
     "padding_free": "use `packing: true`",
     "truncation_mode": "use `truncation` beside `train`",
     "precompute_ref_log_probs": "the reference is run beside the policy for now",
-    "eval_strategy": "add an `evaluate` stage",
-    "do_eval": "add an `evaluate` stage",
-    "load_best_model_at_end": "add an `evaluate` stage",
+    "do_eval": "use `eval_strategy: steps`, and `eval: 2%` of a data source",
     "dataloader_num_workers": "Ray Data feeds the trainer",
     "dataloader_drop_last": "every row is seen exactly once per epoch",
     "use_cpu": "use `cluster: {gpus_per_worker: 0}`",
     "ignore_data_skip": "the feed starts where the checkpoint stopped",
     "disable_tqdm": "the pipeline shows progress itself",
     "auto_find_batch_size": "the batch size decides which rows share a step, so it is fixed",
-    "eval_on_start": "add an `evaluate` stage",
     "save_only_model": "an interrupted stage goes on from its whole checkpoint",
 }
 
@@ -98,6 +96,34 @@ def library_fields(name: str) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if not k.startswith("_")}
 
 
+@lru_cache
+def library_defaults(name: str) -> dict[str, Any]:
+    """Field -> default of a library's config dataclass, inherited ones included; those that are computed are left out."""
+    node, defaults = _class_node(name), {}
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in _SOURCES:
+            defaults.update(library_defaults(base.id))
+    for statement in node.body:
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        value = statement.value
+        if isinstance(value, ast.Call):  # field(default=...)
+            value = next((k.value for k in value.keywords if k.arg == "default"), None)
+        try:
+            defaults[statement.target.id] = ast.literal_eval(value) if value is not None else None
+        except ValueError:
+            defaults.pop(statement.target.id, None)
+    return defaults
+
+
+@lru_cache
+def optimizer_names() -> tuple[str, ...]:
+    """Values of `optim` that the installed transformers has."""
+    node = _class_node("OptimizerNames")
+    values = [s.value.value for s in node.body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)]
+    return tuple(map(str, values))
+
+
 class LibraryConfig(Config):
     """A model whose fields are a library's; `given()` is what the user said, and nothing else."""
 
@@ -107,6 +133,8 @@ class LibraryConfig(Config):
 
 class TrainConfig(LibraryConfig):
     """`train:` of a stage."""
+
+    library: ClassVar[str] = "TrainingArguments"  # the class whose fields these are
 
     @model_validator(mode="after")
     def _sizes(self) -> TrainConfig:
@@ -120,4 +148,6 @@ class TrainConfig(LibraryConfig):
 def train_config(name: str) -> type[TrainConfig]:
     """The pydantic model of a trainer's arguments (`SFTConfig`, `RewardConfig`, `DPOConfig`)."""
     fields = {k: (v, Field(default=None)) for k, v in library_fields(name).items() if k not in MANAGED}
-    return create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
+    made: type[TrainConfig] = create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
+    made.library = name
+    return made
