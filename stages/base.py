@@ -75,23 +75,29 @@ class Reporter:
         self._append("events.jsonl", {"done": done, "total": total, "unit": unit, **values})
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`: training goes on from there."""
-        path = self.work / "metrics.jsonl"
-        if path.is_file():
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # torn when the power went; nothing stands after it
-                if entry["step"] <= step:
-                    kept.append(line + "\n")
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(path)
+        """Forget metrics and consumption after `step`: training goes on from there."""
+        for path in (self.work / "metrics.jsonl", self.work / "consumed.jsonl"):
+            if path.is_file():
+                kept = []
+                for line in path.read_text().splitlines():
+                    try:
+                        entry = json.loads(line)
+                    except json.JSONDecodeError:
+                        break  # torn when the power went; nothing stands after it
+                    if entry["step"] <= step:
+                        kept.append(line + "\n")
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(kept))
+                temporary.replace(path)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})
+
+    def consumed(self, step: int, epoch: int, start: int, end: int, workers: int) -> None:
+        """A step has trained these rows (stages/training/consumption.py)."""
+        line = {"step": step, "epoch": epoch, "from": start, "to": end, "workers": workers}
+        with (self.work / "consumed.jsonl").open("a") as out:
+            out.write(json.dumps(line) + "\n")
 
 
 @dataclass

@@ -1,14 +1,153 @@
-"""Where an interrupted training goes on."""
+"""A checkpoint's folder: how it becomes visible, how it is known to be whole, which one training goes on from.
+
+checkpoints/.saving-12/       half-made; nobody takes it for a checkpoint
+checkpoints/checkpoint-12/    complete: it got its name by one rename, when everything in it was on the disk
+    complete.json             step, position in the data, workers, ZeRO stage, identity of the model; size and hash of each file
+    trainer_state.json        transformers' TrainerState
+    weights.pt, state.pt      without DeepSpeed: the weights that train; optimizer, scheduler
+    global_step12/, latest    with DeepSpeed: its own format, a shard for each worker
+    rank-0.pt, rank-1.pt ...  each worker's random numbers, and the sums of metrics that are not logged yet
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stages.training.feed import Position
 
-def last_checkpoint(folder: Path) -> tuple[str | None, int]:
-    """(path, optimiser steps done) of the newest complete checkpoint; (None, 0) where there is none."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    if not found:
-        return None, 0
-    newest = max(found, key=lambda p: int(p.name.split("-")[1]))
-    return str(newest), int(newest.name.split("-")[1])
+COMPLETE = "complete.json"
+SAVING = ".saving-"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself (`complete.json`)."""
+
+    step: int  # optimiser steps done
+    epoch: int  # in which training stands, counted from 0
+    row: int  # rows of that epoch already trained
+    workers: int
+    zero: int | None  # ZeRO stage; None without DeepSpeed
+    identity: str  # of the model: architecture, names and shapes of its parameters
+    files: dict[str, tuple[int, str]]  # path in the folder -> bytes, SHA-256
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.row, self.step)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint and where it lies."""
+
+    path: Path
+    record: Record
+    universal: bool = False  # its ZeRO shards are rewritten for another number of workers
+
+
+def saved(path: Path) -> Saved | None:
+    """The checkpoint in a folder; None where it is not complete."""
+    try:
+        value = json.loads((path / COMPLETE).read_text())
+        files = {name: (int(size), str(digest)) for name, (size, digest) in value.pop("files").items()}
+        return Saved(path, Record(**value, files=files))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or not what is written below
+        return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders named as checkpoints, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def damage(checkpoint: Saved) -> str | None:
+    """What is wrong with a checkpoint's files, by their sizes and hashes; None if nothing is."""
+
+    def wrong(item: tuple[str, tuple[int, str]]) -> str | None:
+        name, (size, digest) = item
+        path = checkpoint.path / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        return None if hash_file(path) == digest else f"{name} has changed since it was written"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+        return next((found for found in pool.map(wrong, checkpoint.record.files.items()) if found), None)
+
+
+def newest_sound(folder: Path, say: Callable[[str], None]) -> Saved | None:
+    """The checkpoint to go on from; what cannot be used is told to `say`. None: from the start."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        checkpoint = saved(path)
+        why = f"no readable {COMPLETE}" if checkpoint is None else damage(checkpoint)
+        if checkpoint is not None and why is None:
+            say(f"training goes on from {path.name}")
+            return checkpoint
+        say(f"{path.name} is damaged ({why}) and is not used")
+    if found:
+        say("no checkpoint is sound: training starts from the beginning")
+    return None
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(making: Path, record: Record) -> Path:
+    """Give a whole checkpoint its name, once everything in it is on the disk. One of the same step is replaced."""
+    sync(*(making / name for name in record.files))
+    (making / COMPLETE).write_text(json.dumps(asdict(record), indent=1))
+    sync(making / COMPLETE, *(p for p in making.rglob("*") if p.is_dir()), making)
+    target = making.with_name(f"checkpoint-{record.step}")
+    if target.exists():  # a damaged one, or training would not have come here again
+        aside = making.with_name(f"{making.name}-replaced")
+        os.replace(target, aside)
+        os.replace(making, target)
+        shutil.rmtree(aside)
+    else:
+        os.replace(making, target)
+    sync(target.parent)
+    return target
+
+
+def sync(*paths: Path) -> None:
+    """Wait until files, and names in folders, are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Remove all complete checkpoints but the newest `keep` and the one whose path is `best`."""
+    if keep is None:
+        return
+    complete = [p for p in checkpoints(folder) if (p / COMPLETE).is_file()]
+    for path in complete[: max(0, len(complete) - max(keep, 1))]:
+        if best is None or path.name != Path(best).name:
+            aside = path.with_name(f".removed-{step_of(path)}")  # so that one removed half-way is not taken for damaged
+            os.replace(path, aside)
+            shutil.rmtree(aside)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted run left half-made or half-removed. Only while nothing writes there."""
+    for path in folder.glob(".*-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,310 @@
+"""What makes a trainer's checkpoints ours: exact, atomic, written in the background, good for another number of workers.
+
+The methods with a leading underscore replace private ones of transformers 5.23's Trainer (whose minor version is pinned),
+which saves the whole model with each checkpoint, writes in place while training waits, and knows positions in the data only
+as steps of a constant size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from stages.base import Reporter
+from stages.errors import StageError
+from stages.training.checkpoint import Saved, saved
+from stages.training.consumption import FILE as CONSUMED
+from stages.training.feed import Feed, FeedLoader
+from stages.training.writer import Writer, snapshot
+
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics")  # of what is not logged yet
+
+
+class Checkpoints:
+    """Mixin before a trainer: saves, restores, and runs the loop over what the feed has left.
+
+    The `output_dir` of the arguments is the folder of the checkpoints, in the stage's own.
+    """
+
+    loader: FeedLoader
+    writer: Writer
+    args: Any
+    state: Any
+    control: Any
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+    callback_handler: Any
+    is_deepspeed_enabled: bool
+
+    @property
+    def feed(self) -> Feed:
+        return self.loader.feed
+
+    # -- the loop
+
+    def train(self, resume_from_checkpoint: str | None = None, **more: Any) -> Any:
+        """Train from a checkpoint's folder, or from the start.
+
+        Raises:
+            StageError: the checkpoint is of another model; a checkpoint could not be written.
+        """
+        folder = Path(self.args.output_dir)
+        if resume_from_checkpoint is not None:
+            self._resumed = self._check(Path(resume_from_checkpoint))
+        self._reporter, self._noted = Reporter(folder.parent), self.feed.step
+        kept = (folder.parent / CONSUMED, folder.parent / "metrics.jsonl")
+        self.writer = Writer(folder, self.args.process_index, self.args.world_size, kept)
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **more)  # type: ignore[misc]
+        except BaseException as error:
+            try:
+                self.writer.wait(
+                    30
+                )  # what is being written is still good; longer, if other workers are gone, it is not
+            except StageError as second:
+                raise second from error
+            raise
+        self.writer.wait()
+        return result
+
+    def _check(self, path: Path) -> Saved:
+        checkpoint = saved(path)
+        if checkpoint is None:
+            raise StageError(f"{path} is not a complete checkpoint")
+        if checkpoint.record.identity != identity(self.model):
+            raise StageError(
+                f"{path} is of another model than {self.model.config.name_or_path or type(self.model).__name__} (other "
+                f"architecture, parameters or tuning); to train from the start, remove {path.parent}"
+            )
+        return checkpoint
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        values = list(super().set_initial_training_values(args, dataloader))  # type: ignore[misc]
+        values[0], values[6] = self.feed.epochs, self.feed.steps  # epochs and steps in all
+        return tuple(values)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)  # type: ignore[misc]
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # how often to log and save may have changed since the checkpoint
+        finished = self.feed.step >= self.feed.steps
+        return self.feed.epochs if finished else self.feed.start.epoch, 0
+
+    def _run_epoch(self, **values: Any) -> None:
+        steps = self.feed.steps_in(values["epoch"])
+        values |= {"num_update_steps_per_epoch": steps, "steps_in_epoch": steps * self.feed.shares.accumulation}
+        super()._run_epoch(**values)  # type: ignore[misc]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After each step, and again at the end of an epoch."""
+        step, feed = self.state.global_step, self.feed
+        if step != feed.step:
+            raise StageError(f"the trainer has made {step} steps of {feed.step} it was fed")
+        done = feed.position(step)
+        self.state.epoch = done.epoch + done.row / feed.rows
+        if step > self._noted:
+            self._noted = step
+            if self.args.process_index == 0:
+                self._reporter.consumed(step, *feed.span(step - 1), feed.shares.workers)
+        self.writer.check()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    # -- saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.perf_counter()
+        self.store_flos()  # type: ignore[attr-defined]
+        self.writer.wait()
+        step, rank = self.state.global_step, self.args.process_index
+        if self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{step}")
+        states: dict[str, Any] = {f"rank-{rank}.pt": snapshot({"random": random_state(), "sums": self._sums()})}
+        if rank == 0:
+            states["trainer_state.json"] = self._state_json()
+            states["state.pt"] = snapshot(self._optimizer_state())
+            if not self.is_deepspeed_enabled:
+                states["weights.pt"] = snapshot(trained_weights(self.model))
+        if self.is_deepspeed_enabled:
+            self.writer.guarded(step, lambda: states.update(self._deepspeed_states(step)))
+        done = self.feed.position(step)
+        record = {
+            "step": step,
+            "epoch": done.epoch,
+            "row": done.row,
+            "workers": self.args.world_size,
+            "zero": self.model_wrapped.zero_optimization_stage() if self.is_deepspeed_enabled else None,
+            "identity": identity(self.model),
+        }
+        self.writer.begin(step, states, record, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.writer.blocked += time.perf_counter() - began
+
+    def _state_json(self) -> str:
+        from transformers.trainer_callback import ExportableState
+
+        states: dict[str, list[Any]] = {}
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):
+                states.setdefault(type(each).__name__, []).append(each.state())
+        self.state.stateful_callbacks = {k: v[0] if len(v) == 1 else v for k, v in states.items()}
+        return json.dumps(vars(self.state), indent=1, sort_keys=True)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """What is the same on every worker. With DeepSpeed the optimizer, and a scheduler of its own, are its matter."""
+        from accelerate.utils import DeepSpeedSchedulerWrapper
+
+        out: dict[str, Any] = {}
+        if not self.is_deepspeed_enabled:
+            out["optimizer"] = self.optimizer.state_dict()
+        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            out["scheduler"] = self.lr_scheduler.state_dict()
+        if getattr(self.accelerator, "scaler", None) is not None:
+            out["scaler"] = self.accelerator.scaler.state_dict()
+        return out
+
+    def _deepspeed_states(self, step: int) -> dict[str, Any]:
+        """What DeepSpeed would write now on this worker, as copies: path in the checkpoint's folder -> state."""
+        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+        making, states = self.writer.making(step), {}
+
+        class Collect(TorchCheckpointEngine):
+            def save(self, state_dict: Any, path: str) -> None:
+                states[str(Path(path).relative_to(making))] = snapshot(state_dict)
+
+        engine = self.model_wrapped
+        original, engine.checkpoint_engine = engine.checkpoint_engine, Collect()
+        try:
+            engine.save_checkpoint(
+                str(making), tag=f"global_step{step}", exclude_frozen_parameters=hasattr(self.model, "peft_config")
+            )
+        finally:
+            engine.checkpoint_engine = original
+        return states
+
+    def _sums(self) -> dict[str, Any]:
+        sums = {name: getattr(self, name) for name in SUMS if hasattr(self, name)}
+        metrics = sums.get("_metrics", {})  # TRL's: mode -> name -> values
+        return sums | {"_metrics": {mode: dict(values) for mode, values in metrics.items()}}
+
+    # -- restoring
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = load(Path(resume_from_checkpoint) / "weights.pt")
+        unknown = (model or self.model).load_state_dict(weights, strict=False).unexpected_keys
+        assert not unknown, unknown  # its identity was checked
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.is_deepspeed_enabled:  # once is enough: what this run saves is not universal
+            self.model_wrapped._config.load_universal_checkpoint = False
+        state = load(Path(checkpoint) / "state.pt")
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if "scheduler" in state:
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        if "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called when the loop is about to take its first batch; also where the loop's sums can be put back."""
+        if checkpoint is None:
+            return
+        before, rank = self._resumed.record.workers, self.args.process_index
+        ranks = [load(Path(checkpoint) / f"rank-{r}.pt") for r in range(before)]
+        if rank < before:
+            set_random_state(ranks[rank]["random"])
+        else:
+            import numpy as np
+            from transformers import set_seed
+
+            own = np.random.SeedSequence([self.args.seed, self.state.global_step, rank]).generate_state(1)
+            set_seed(int(own[0]))
+        self._set_sums(ranks[rank if before == self.args.world_size else 0]["sums"])
+        if (
+            before != self.args.world_size
+        ):  # each held the loss of its own rows; the logged one is the mean over workers
+            self._tr_loss = sum(r["sums"]["_tr_loss"] for r in ranks).to(self.args.device) / before
+
+    def _set_sums(self, sums: dict[str, Any]) -> None:
+        for name, value in sums.items():
+            if name == "_metrics":
+                for mode, metrics in value.items():
+                    self._metrics[mode].update(metrics)  # type: ignore[attr-defined]
+            elif name == "_tr_loss":
+                self._tr_loss = value.to(self.args.device)
+            else:
+                setattr(self, name, value)
+
+    def _load_best_model(self) -> None:
+        """Weights alone, once the checkpoint is there for every worker."""
+        self.writer.wait()
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(best)
+            return
+        self.model_wrapped.load_checkpoint(
+            best,
+            load_module_strict=not hasattr(self.model, "peft_config"),
+            load_optimizer_states=False,
+            load_lr_scheduler_states=False,
+            load_module_only=True,
+        )
+
+
+def identity(model: Any) -> str:
+    """A hash of a model's architecture, and of names, shapes and tuning of its parameters; not of their values."""
+    shapes = [
+        (name, list(getattr(p, "ds_shape", p.shape)), p.requires_grad) for name, p in sorted(model.named_parameters())
+    ]
+    return hashlib.sha256(json.dumps([type(model).__name__, shapes]).encode()).hexdigest()[:32]
+
+
+def trained_weights(model: Any) -> dict[str, Any]:
+    """The parameters that train, once each, and buffers that are part of the model."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load(path: Path) -> Any:
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator a model's forward pass may draw from."""
+    import numpy as np
+    import torch
+
+    numpy = [v.tolist() if isinstance(v, np.ndarray) else v for v in np.random.get_state()]
+    out = {"python": random.getstate(), "numpy": numpy, "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        out["cuda"] = torch.cuda.get_rng_state()
+    return out
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    import numpy as np
+    import torch
+
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

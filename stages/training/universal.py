@@ -1,0 +1,74 @@
+"""ZeRO checkpoints for another number of workers, through DeepSpeed's universal checkpoints (Lian et al. 2024).
+
+ZeRO writes each worker's part of flat buffers and reads it back only with as many workers. A universal checkpoint holds each
+parameter and its optimizer moments by name, and any number of workers reads from it what is theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stages.errors import StageError
+from stages.training.checkpoint import Saved, newest_sound, sweep
+
+
+def go_on_from(folder: Path, workers: int, say: Callable[[str], None]) -> Saved | None:
+    """The newest sound checkpoint, as `workers` workers can read it; half-made ones are removed. None: from the start."""
+    sweep(folder)
+    checkpoint = newest_sound(folder, say)
+    if checkpoint is None or checkpoint.record.workers == workers:
+        return checkpoint
+    say(f"it was made by {checkpoint.record.workers} workers and is read by {workers}")
+    return checkpoint if not checkpoint.record.zero else converted(checkpoint)
+
+
+def converted(checkpoint: Saved) -> Saved:
+    """The checkpoint with its ZeRO shards as a universal checkpoint, in a hidden folder beside it.
+
+    Raises:
+        StageError: DeepSpeed cannot convert it.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    source, record = checkpoint.path, checkpoint.record
+    tag = f"global_step{record.step}"
+    target = source.with_name(f".universal-{record.step}")
+    target.mkdir()
+    arguments = Namespace(
+        input_folder=str(source / tag),
+        output_folder=str(target / tag),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(arguments)
+    except OSError:
+        raise
+    except Exception as error:
+        raise StageError(
+            f"{source}: DeepSpeed cannot read it with another number of workers ({type(error).__name__}: {error}); "
+            f"run with {record.workers} workers, or remove {source.parent} to train from the start"
+        ) from error
+    (target / "latest_universal").write_text(tag)
+    for path in source.iterdir():
+        if path.is_file() and path.name != "latest":
+            shutil.copy2(path, target / path.name)
+    return replace(checkpoint, path=target, universal=True)
+
+
+def for_universal(config: dict[str, Any] | None, resume: Saved | None) -> dict[str, Any] | None:
+    """DeepSpeed's config to read what `go_on_from` gave."""
+    if config is None or resume is None or not resume.universal:
+        return config
+    return config | {"checkpoint": config.get("checkpoint", {}) | {"load_universal": True}}
