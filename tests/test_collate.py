@@ -41,8 +41,9 @@ def loss_and_gradient(model: Any, rows: Rows, weighted: bool) -> tuple[float, to
     """Sum over trained tokens of (weighted) negative log-likelihood, in one batch of these rows."""
     model.zero_grad()
     batch = conversation_collator(0, weighted=weighted)(rows)
-    labels, weights = batch.pop("labels"), batch.pop("loss_weights", None)
-    logits = model(**batch, use_cache=False).logits[:, :-1]
+    labels, weights = batch["labels"], batch["loss_weights"]
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
     nll = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none")
     loss = (nll * weights[:, 1:].flatten()).sum() if weighted else nll.sum()
     loss.backward()
@@ -79,7 +80,8 @@ def test_batches_are_padded_on_the_right() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE], [8, IGNORE, IGNORE, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch["loss_weights"].tolist() == [[1, 1, 1, 0], [0.5, 0, 0, 0]]
+    assert batch["loss_weights"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]  # before a first token stands nothing
+    assert (batch["loss_share"], batch["tokens"]) == (2, 4)
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 80))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.training.fed import OF_THE_FEED
 from stages.training.feed import Feed, FeedLoader, Shares
-from stages.training.job import PLACEHOLDERS, TrainJob
+from stages.training.job import PLACEHOLDERS
 
 
-def evaluate_held_out(trainer: Any, job: TrainJob, rank: int, workers: int) -> dict[str, float]:
-    """The trained model on the rows that were held out: the mean over tokens (conversations) or over pairs, as `eval_*`."""
+def evaluate_held_out(trainer: Any) -> dict[str, float]:
+    """`eval_loss`: the mean of -log p over trained tokens of conversations, whatever their weights and normalisation, or the
+    mean of the trainer's own loss over pairs; and `eval_rows`. The same on any number of workers."""
     import torch
 
-    shares = Shares(workers, trainer.args.per_device_train_batch_size)
+    job, args = trainer.job, trainer.args
+    shares = Shares(args.world_size, job.arguments.get("per_device_eval_batch_size", args.per_device_train_batch_size))
     rows = sum(count for _, _, count in job.held_out)
-    feed = Feed(job.held_out, rank=rank, shares=shares, steps=shares.steps(rows), seed=None)
+    feed = Feed(job.held_out, rank=args.process_index, shares=shares, steps=shares.steps(rows), seed=None)
     model = trainer.model_wrapped
+    was_training = model.training
     model.eval()
     total = count = 0.0
     with torch.no_grad():
@@ -24,12 +26,11 @@ def evaluate_held_out(trainer: Any, job: TrainJob, rank: int, workers: int) -> d
             examples = batch["rows"]
             inputs = trainer._prepare_inputs(batch)
             if trainer.token_normalised:
-                inputs = {k: v for k, v in inputs.items() if k not in (*OF_THE_FEED, "loss_weights")}
-                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-                total, count = total - float(outputs.log_probs.sum()), count + float(outputs.label_mask.sum())
+                nll, tokens = trainer.token_loss(model, inputs)
+                total, count = total + nll, count + tokens
             else:
-                shared = {"row_weight": float(examples > 0), "ragged": workers > 1}
+                shared = {"row_weight": float(examples > 0), "ragged": args.world_size > 1}
                 total, count = total + float(trainer.compute_loss(model, inputs | shared)) * examples, count + examples
-    model.train()
-    sums = trainer.accelerator.reduce(torch.tensor([total, count], device=trainer.args.device), "sum")
-    return {"eval_loss": float(sums[0] / sums[1].clamp(min=1)), "eval_rows": rows}
+    model.train(was_training)
+    total, count = trainer._sum([total, count])
+    return {"eval_loss": total / max(count, 1.0), "eval_rows": rows}
