@@ -83,7 +83,7 @@ class RunFolder:
         return None
 
     def was_started(self, name: str, fingerprint: str) -> bool:
-        return any((self.work(name, fingerprint) / "checkpoints").glob("checkpoint-*"))
+        return any((self.work(name, fingerprint) / "checkpoints").glob("checkpoint-*/complete.json"))
 
     def recall(self, name: str, fingerprint: str) -> None:
         """Bring a published artifact to its place if a later one stands there."""
