@@ -65,3 +65,80 @@ def test_a_lora_reward_model_keeps_its_score_head_under_zero3(tmp_path: Path, mo
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.allclose(made.eval()(input_ids=ids).logits, kept.eval()(input_ids=ids).logits, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ weights in 4 bits
+
+
+def test_a_qlora_export_is_the_function_that_was_trained(tmp_path: Path, model: str, data: Path) -> None:
+    """Merged into what the trainer saw, the base in 4 bits and back; every quantised weight differs from the base."""
+    pytest.importorskip("bitsandbytes")
+    tuning = {"method": "qlora", "r": 4, "bnb_4bit_use_double_quant": True}
+    result, losses = run(tmp_path / "sft", model, "sft", data / "chats.jsonl", train=train(8), tuning=tuning)
+    assert losses[-1] < losses[0]
+    facts = handed_over(tmp_path / "sft")
+    assert facts["logits_difference"] < 1e-4 and facts["dtype"] == "float32"
+    assert result.details["tuning"]["merged_into"] == "dequantized base"
+    config = json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
+    assert "quantization_config" not in config
+    linear = {n for n in parameters(model) if "_proj" in n}
+    assert changed(model, tmp_path / "sft" / "model") == linear
+    adapter = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+
+def test_a_qlora_reward_model_of_two_workers(tmp_path: Path, model: str, data: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tuning = {"method": "qlora", "r": 4, "use_dora": True}
+    run(tmp_path / "reward", model, "reward", data / "pairs.jsonl", 2, train=train(4), tuning=tuning, deepspeed="zero2")
+    assert handed_over(tmp_path / "reward", "reward model")["logits_difference"] < 1e-4
+    adapter = load_file(tmp_path / "reward" / "adapter" / "adapter_model.safetensors")
+    assert any("score" in name for name in adapter)
+
+
+# ------------------------------------------------------------------------------------------------ added tokens
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """The model with two tokens more in its tokenizer than its embedding has rows."""
+    folder = tmp_path_factory.mktemp("grown") / "model"
+    shutil.copytree(model, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    if not request.param:
+        loaded.config.tie_word_embeddings = False
+        loaded.lm_head.weight = torch.nn.Parameter(loaded.lm_head.weight.detach().clone())
+        loaded.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.add_tokens(["a b", "c d"], special_tokens=False) == 2
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tuning", [{"method": "full"}, LORA], ids=["full", "lora"])
+def test_added_tokens_are_trained_and_exported(tmp_path: Path, grown: Path, data: Path, tuning: dict[str, Any]) -> None:
+    result, _ = run(
+        tmp_path / "sft", str(grown), "sft", data / "chats.jsonl", train=train(8, learning_rate=1e-2), tuning=tuning
+    )
+    assert handed_over(tmp_path / "sft")["logits_difference"] < 1e-4
+    assert result.details["tuning"]["new_tokens"] == 2
+    made, base = tmp_path / "sft" / "model", parameters(grown)
+    stored = load_file(made / "model.safetensors")
+    names = ["model.embed_tokens.weight"] if len(base) == len(stored) and "lm_head.weight" not in base else [
+        "model.embed_tokens.weight", "lm_head.weight"
+    ]  # fmt: skip
+    assert ("lm_head.weight" in stored) == (len(names) == 2)
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    ids = tokenizer("a bc d").input_ids
+    for name in names:
+        old, new = base[name], stored[name]
+        assert new.shape[0] == old.shape[0] + 2 == max(ids) + 1
+        mean = old.mean(0)
+        moved = (new[-2:] - mean).norm(dim=1)
+        assert (moved > 0.01).all(), "the new rows were not trained"
+        if tuning["method"] == "lora":  # of the embeddings, nothing but the new rows
+            assert torch.equal(new[:-2], old)
+    assert not (tmp_path / "sft" / "base").exists()
+    if tuning["method"] == "lora":
+        adapter = json.loads((tmp_path / "sft" / "adapter" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(grown)
