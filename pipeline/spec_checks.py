@@ -6,11 +6,12 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.spec import BASE, Head, Spec
+from pipeline.training_checks import spec_problems
 from stages import KINDS, Init, Stage
 from stages.data.hub import SCHEME
 from stages.data.records import RECORD_OF, Conversation, Labelled, Preference, Prompt, Text, Tokens
@@ -81,10 +82,9 @@ class _Checker:
                 self._problem(("chat_template",), str(error).removeprefix("chat_template: "))
             if isinstance(head.model, str) and not head.model.startswith("stages."):
                 self._model(("model",), self._model_path(head.model))
-        if self.problems:
-            raise SpecError(sorted(self.problems, key=lambda p: p.line or 0), self.file)
-        assert isinstance(head, Head)
-        return Spec(
+        if not isinstance(head, Head):
+            self._raise()
+        spec = Spec(
             name=head.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.default_name),
             model=self._model_path(head.model) if isinstance(head.model, str) else f"stages.{BASE}",
             storage=str((self.folder / head.storage).resolve()),
@@ -94,6 +94,14 @@ class _Checker:
             stages={name: stage for name, stage in stages.items() if stage is not None},
             file=self.file,
         )
+        for name, path, message in spec_problems(spec):
+            self._problem(("stages", name, *path), message)
+        if self.problems:
+            self._raise()
+        return spec
+
+    def _raise(self) -> NoReturn:
+        raise SpecError(sorted(self.problems, key=lambda p: p.line or 0), self.file)
 
     # -- the parts
 
