@@ -16,7 +16,7 @@ from typing import Any
 
 from stages.base import Reporter
 from stages.errors import StageError
-from stages.training.checkpoint import Saved, saved
+from stages.training.checkpoint import Saved, saved, sweep
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.feed import Feed, FeedLoader
 from stages.training.writer import Writer, snapshot
@@ -72,6 +72,8 @@ class Checkpoints:
                 raise second from error
             raise
         self.writer.wait()
+        if self.args.process_index == 0:
+            sweep(folder)
         return result
 
     def _check(self, path: Path) -> Saved:

@@ -148,13 +148,11 @@ class Writer:
             write()
         except OSError as error:
             making = self.making(step)
-            note = making.with_name(f"{making.name}.error")
-            if isinstance(error, FileNotFoundError) and not making.exists() and note.is_file():
-                raise StageError(note.read_text()) from error  # another worker has given up
+            note = given_up(making)
+            shutil.rmtree(making, ignore_errors=True)  # another may be at it; what is left is swept at the next start
+            if isinstance(error, FileNotFoundError) and note.is_file():
+                raise StageError(note.read_text()) from error
             message = told(error, step, self.folder)
-            shutil.rmtree(
-                making, ignore_errors=True
-            )  # it may be going already; what is left is swept at the next start
             try:
                 note.write_text(message)
             except OSError as second:
@@ -210,16 +208,21 @@ def listed_files(making: Path, rank: int) -> Files:
     """Wait for another worker's files. (If that worker is gone, Ray Train ends this one.)
 
     Raises:
-        FileNotFoundError: the folder is gone: another worker has given up.
+        FileNotFoundError: another worker has given up.
     """
     path = making / f".rank-{rank}.json"
     while not path.is_file():
-        if not making.is_dir():
-            raise FileNotFoundError(f"{making} was removed by another worker")
+        if given_up(making).is_file():
+            raise FileNotFoundError(f"another worker could not write to {making}")
         time.sleep(0.02)
     files = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
     path.unlink()
     return files
+
+
+def given_up(making: Path) -> Path:
+    """Where a worker that could not write its part says why."""
+    return making.with_name(f"{making.name}.error")
 
 
 def told(error: OSError, step: int, folder: Path) -> str:
