@@ -69,7 +69,10 @@ def inspect_model(folder: str, produces: str, trained: bool) -> dict[str, Any]:
     if trained and not probes.is_file():
         return _refused(f"there is no {PROBES} beside it, so nothing says what the trained model computes; {AGAIN}")
     promise = read_promise(probes) if trained else {}
-    tensors = stored_tensors(path)
+    try:
+        tensors = stored_tensors(path)
+    except (OSError, ValueError) as error:
+        return _refused(f"its weights cannot be read: {first_line(error)}; {AGAIN}")
     problems = list(adapter_problems(path, tensors))
     if problems:  # transformers would load the adapter on top
         return _refused(*problems)
@@ -80,9 +83,7 @@ def inspect_model(folder: str, produces: str, trained: bool) -> dict[str, Any]:
         model, info = cls.from_pretrained(folder, dtype="float32", output_loading_info=True)
     except Exception as error:  # whatever transformers has to say, and there are many classes of it
         traceback.print_exc()
-        return _refused(
-            *problems, f"it does not load in a fresh process: {first_line(error)}; {AGAIN}"
-        )
+        return _refused(*problems, f"it does not load in a fresh process: {first_line(error)}; {AGAIN}")
     for what, names in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
         if names:
             problems.append(f"weights are {what}: {', '.join(sorted(names)[:3])}; {AGAIN}")
@@ -128,7 +129,7 @@ def read_promise(probes: Path) -> dict[str, Any]:
 def stored_tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Name -> (dtype, shape) of every tensor, from the headers of the safetensors files."""
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    tensors = {}
+    tensors: dict[str, tuple[str, list[int]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as data:
             header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
@@ -203,8 +204,9 @@ def token_problems(model: Any, tokenizer: Any, promise: dict[str, Any], reward: 
     outside = [i for i in (pad, *stops) if not 0 <= i < rows]
     if outside:
         yield f"pad or stop tokens lie outside the vocabulary of {rows}: {outside}"
-    if pad == tokenizer.eos_token_id or pad in stops:
-        yield f"the pad token ({pad}) is also a stop token, so padded batches would stop early; give the tokenizer another"
+    ends = {tokenizer.eos_token_id, *promise.get("stop_ids", ())}
+    if pad in ends or stops == [pad]:  # a base's further stop token may be its pad token, as Qwen2.5-Instruct's is
+        yield f"the pad token ({pad}) also ends answers, so the end of an answer could not be told from padding"
     missing = [i for i in promise.get("stop_ids", ()) if i not in stops] if not reward else []
     if missing:
         yield (
@@ -235,7 +237,8 @@ def said_problems(model: Any, probes: Path, promise: dict[str, Any]) -> tuple[li
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[0, 1]])).logits
         return ([] if torch.isfinite(logits).all() else [f"its output is not finite (NaN or infinity); {AGAIN}"]), {}
-    worst, scale, ranks = 0.0, 0.0, []
+    worst, scale = 0.0, 0.0
+    ranks: list[int] = []
     with safe_open(str(probes), framework="pt") as file, torch.no_grad():
         for n, probe in enumerate(promise["probes"]):
             ids, wanted = file.get_tensor(f"ids.{n}")[None], file.get_tensor(f"logits.{n}")

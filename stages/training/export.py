@@ -50,18 +50,22 @@ def save_model(trainer: Any, job: TrainJob, rank: int) -> dict[str, Any]:
         merged = merge_adapter(job, model.config, target, dtype, probes)
         forget_grown_base(job)
     finish_export(target, job.model, tokenizer, job.stop_ids, dtype)
-    trained = model.config.get_text_config()
-    promise = {
+    write_probes(job.work / FILE, probes, logits, promise(job, model, tokenizer, dtype))
+    return merged
+
+
+def promise(job: TrainJob, model: Any, tokenizer: Any, dtype: Any) -> dict[str, Any]:
+    """What must hold of the export, besides what it says to probes; `model` is the trained one."""
+    config = model.config.get_text_config()
+    return {
         "dtype": name_of(dtype),
         "trained_in": name_of(coarsest(model)),
-        "vocabulary": trained.vocab_size,
-        "tied": bool(trained.tie_word_embeddings) and not job.reward,
+        "vocabulary": config.vocab_size,
+        "tied": bool(config.tie_word_embeddings) and not job.reward,
         "pad_token_id": tokenizer.pad_token_id,
         "stop_ids": job.stop_ids,
         "chat_template": job.template_hash or template_hash(tokenizer),
     }
-    write_probes(job.work / FILE, probes, logits, promise)
-    return merged
 
 
 def template_hash(tokenizer: Any) -> str:

@@ -29,8 +29,9 @@ class Full(Config):
 
     method: Literal["full"] = "full"
 
-    def quantization(self) -> None:
-        """The weights are held as they are."""
+    def quantization(self) -> dict[str, Any] | None:
+        """None: the weights are held as they are."""
+        return None
 
 
 class _Lora(LibraryConfig):
@@ -84,7 +85,7 @@ QLora: type[_QLora] = create_model("QLora", __base__=_QLora, **_lora_fields())
 def default_targets(architecture: Architecture) -> list[str] | str:
     """The attention projections by their usual names; else what peft has for the architecture; else every linear layer."""
     usual = [t for t in DEFAULT_TARGETS if matched([t], architecture.modules)]
-    if usual:
+    if "q_proj" in usual:  # else its attention has other names, and o_proj alone would be a poor adapter
         return usual
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
 
@@ -249,7 +250,7 @@ def quantization_config(options: Mapping[str, Any], on_cpu: bool) -> dict[str, A
 
     half = "bfloat16" if not on_cpu and torch.cuda.is_bf16_supported() else "float16"
     compute = {"bnb_4bit_compute_dtype": "float32" if on_cpu else half}
-    return {"quant_method": "bitsandbytes", "load_in_4bit": True} | compute | options
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True, **compute, **options}
 
 
 def settle_quantized(model: Any) -> None:

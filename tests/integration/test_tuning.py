@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.handoff import Checker
-from stages.base import StageResult
-from stages.errors import StageError
 
 from .test_training import run, train
 
@@ -49,7 +47,9 @@ def test_an_adapter_is_kept_and_merged_into_a_plain_model(tmp_path: Path, model:
     assert handed_over(tmp_path / "sft")["logits_difference"] < 1e-4
     adapter = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert any("magnitude" in name for name in adapter) == dora
-    assert changed(model, tmp_path / "sft" / "model") == {n for n in parameters(model) if any(t in n for t in ATTENTION)}
+    assert changed(model, tmp_path / "sft" / "model") == {
+        n for n in parameters(model) if any(t in n for t in ATTENTION)
+    }
     assert result.details["tuning"]["merge_difference"] < 1e-4 and result.details["tuning"]["merged_into"] == "base"
 
 
