@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.training_checks import length_limit, read_config
 from stages.data.records import RECORD_OF, Conversation, Preference, Text, Tokens
 from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import check_model_folder
@@ -22,10 +23,10 @@ SFT = """\
       per_device_train_batch_size: 8
       gradient_accumulation_steps: 2
       lr_scheduler_type: cosine
-      max_length: 2048                   # longer rows go to the ledger; truncation: left or right cuts them
+      max_length: {length:<23}# longer rows go to the ledger; truncation: left or right cuts them
       # packing: true                    # several conversations in a row, which do not see each other
     tuning: {{method: full}}               # or {{method: lora, r: 16}}
-    # deepspeed: zero2                   # zero0 .. zero3, or a DeepSpeed JSON file
+    # deepspeed: zero2                   # zero0 .. zero3, zero3+offload, or a DeepSpeed JSON file
 """
 PREFERENCE = """\
   reward:                                # a reward model from the SFT model
@@ -33,13 +34,13 @@ PREFERENCE = """\
     model: stages.sft
     data:
 {data}
-    train: {{learning_rate: 1.0e-5, num_train_epochs: 1, per_device_train_batch_size: 8, max_length: 2048}}
+    train: {{learning_rate: 1.0e-5, num_train_epochs: 1, per_device_train_batch_size: 8, max_length: {length}}}
   dpo:                                   # direct preference optimisation of the SFT model, beside the reward model
     kind: dpo
     model: stages.sft
     data:
 {data}
-    train: {{learning_rate: 1.0e-6, beta: 0.1, num_train_epochs: 1, per_device_train_batch_size: 8, max_length: 2048}}
+    train: {{learning_rate: 1.0e-6, beta: 0.1, num_train_epochs: 1, per_device_train_batch_size: 8, max_length: {length}}}
 """
 EVALUATE = """\
   # eval:                                # compare the models on rows that were held out
@@ -62,10 +63,11 @@ def write_spec(out: Path, model: str, data: list[str], preference: list[str]) ->
         check_model_folder(model)
         model = str(Path(model).resolve())
     chats, pairs = _sources(data, "conversations"), _sources(preference, "preference pairs")
-    stages = SFT.format(data=_yaml(chats))
+    length = min(2048, length_limit(read_config(model) or {}) or 2048)
+    stages = SFT.format(data=_yaml(chats), length=length)
     models = ["stages.sft"]
     if pairs:
-        stages += PREFERENCE.format(data=_yaml(pairs))
+        stages += PREFERENCE.format(data=_yaml(pairs), length=length)
         models += ["stages.reward", "stages.dpo"]
     head = (
         f"# Written by `raylign init`. Paths are relative to this file.\nname: {out.stem}\n"

@@ -65,7 +65,10 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
                 if problem := hub_problem(model):
                     found.append(Problem(f"{where}.{field}", problem))
         if isinstance(planned.stage, TrainStage):
-            found += [Problem(".".join((where, *path)), message) for path, message in _on_workers(plan, planned, local)]
+            of_stage: dict[str, str] = {}  # of each place the first, which is the cause of what follows
+            for path, message in _on_workers(plan, planned, local):
+                of_stage.setdefault(".".join((where, *path)), message)
+            found += [Problem(path, message) for path, message in of_stage.items()]
     if not found and (problem := _disk(plan, [p for p in to_run if isinstance(p.stage, TrainStage)])):
         found.append(Problem("storage", problem))
     return found
@@ -150,13 +153,19 @@ def with_defaults(stage: TrainStage, gpu: bool | None) -> dict[str, Any]:
     return train
 
 
-def length_problem(max_length: int | None, config: Mapping[str, Any]) -> str | None:
-    """A `max_length` over the model's positions. Where they have no limit, or are rotary and scaled, there is none."""
+def length_limit(config: Mapping[str, Any]) -> int | None:
+    """Positions of a model; None where they have no end, or are rotary and scaled to more than the config says."""
     text = config.get("text_config") or config
     limit = text.get("max_position_embeddings") or text.get("n_positions")
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    if max_length is None or not isinstance(limit, int) or scaled or max_length <= limit:
+    return limit if isinstance(limit, int) and not scaled else None
+
+
+def length_problem(max_length: int | None, config: Mapping[str, Any]) -> str | None:
+    """A `max_length` over the model's positions."""
+    limit = length_limit(config)
+    if max_length is None or limit is None or max_length <= limit:
         return None
     return (
         f"{max_length} is more than the {limit} positions of the model (max_position_embeddings); write {limit} or less"
@@ -171,11 +180,14 @@ def model_config(spec: Spec, name: str) -> dict[str, Any] | None:
     start = first_model(spec, name)
     if isinstance(start, Init):
         return {"model_type": "llama", **start.config}
-    if start is None or "://" in start:
+    return read_config(start) if start is not None else None
+
+
+def read_config(model: str) -> dict[str, Any] | None:
+    """config.json of a folder, or of a hub model that has been downloaded before."""
+    if "://" in model:
         return None
-    file: Path | None = Path(start) / "config.json"
-    if not Path(start).exists():
-        file = cached(start, "config.json")
+    file = Path(model) / "config.json" if Path(model).exists() else cached(model, "config.json")
     config = json.loads(file.read_text()) if file is not None and file.is_file() else None
     return config if isinstance(config, dict) else None
 

@@ -82,7 +82,7 @@ def attention_for(
         if problem := attention_problem(asked, gpu=gpu, half=half, flash=flash, several_packs=several_packs):
             raise ValueError(problem)
         if asked != "eager" and asked not in supported:
-            raise ValueError(f"attention: this model has no {asked}; write auto, or {_best(supported, flash is None)}")
+            raise ValueError(f"this model has no {asked}; write auto, or {_best(supported, flash is None)}")
         return Used(asked)
     why = _why_not_flash(gpu, half, flash, several_packs)
     if why is None and FLASH in supported:
@@ -96,7 +96,7 @@ def attention_problem(
 ) -> str | None:
     """What is wrong with asking for an attention by name, as far as it is known; None for what is not known yet."""
     if asked == FLASH and (why := _why_not_flash(gpu, half, flash, several_packs)):
-        return f"attention: {FLASH} cannot be used: {why}; write auto, or sdpa"
+        return f"{FLASH} cannot be used: {why}; write auto, or sdpa"
     return None
 
 
@@ -251,11 +251,14 @@ def worker_kernels(
     """
     import torch
 
+    for field, message in missing_libraries(train, asked):
+        raise StageError(f"{field}: {message}")
+    bf16_there = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     try:
-        for field, message in missing_libraries(train, asked):
-            raise ValueError(f"{field}: {message}")
-        bf16_there = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         precision = precision_for(train, gpu=gpu, bf16_there=bf16_there)
+    except ValueError as error:
+        raise StageError(str(error)) from error
+    try:
         attention = attention_for(
             asked,
             gpu=gpu,
@@ -265,5 +268,5 @@ def worker_kernels(
             several_packs=packed and train.get("per_device_train_batch_size", 8) > 1,
         )
     except ValueError as error:
-        raise StageError(str(error)) from error
+        raise StageError(f"attention: {error}") from error
     return Kernels(attention, precision, model_dtype(precision, frozen=frozen))

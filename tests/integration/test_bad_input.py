@@ -24,6 +24,14 @@ def spec(tmp_path: Path, data: Path) -> str:
             "spec.yaml:10: stages.sft.train.learning_rat: unknown key; did you mean learning_rate?",
         ),
         (("deepspeed: zero2", "deepspeed: zero9"), "'zero9' is neither a preset"),
+        (
+            ("{model_type: llama}", "{model_type: llama, max_position_embeddings: 64}"),
+            "spec.yaml:10: stages.sft.train.max_length: 128 is more than the 64 positions of the model",
+        ),
+        (
+            ("learning_rate: 3e-3", "optim: adamw_troch, learning_rate: 3e-3"),
+            "spec.yaml:10: stages.sft.train.optim: 'adamw_troch' is not an optimizer of transformers; did you mean adamw_torch?",
+        ),
         (("stages:\n", "stages: [\n"), "not YAML"),
     ],
 )
@@ -65,6 +73,47 @@ def test_more_workers_than_this_machine_has_cores(tmp_path: Path, spec: str) -> 
     done = raylign(tmp_path, "run", "spec.yaml", "--set", "stages.sft.workers=999")
     assert done.returncode == 2 and "stages.sft: needs 999 CPU, there are" in done.stderr
     assert not (tmp_path / "runs" / "chain" / "run.json").exists()
+
+
+def test_a_deepspeed_file_that_clashes_with_train(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "ds.json").write_text(
+        '{"train_batch_size": 12, "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}'
+    )
+    (tmp_path / "spec.yaml").write_text(spec.replace("deepspeed: zero2", "deepspeed: ds.json"))
+    done = raylign(tmp_path, "run", "spec.yaml", "--set", "stages.sft.workers=2")
+    assert done.returncode == 2 and "2 mistakes in the spec" in done.stderr
+    assert "deepspeed.gradient_clipping: 0.5, but train.max_grad_norm is 1.0 (by default)" in done.stderr
+    assert "deepspeed.train_batch_size: 12, but 8 rows x 1 accumulation steps x 2 workers are 16" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_cannot_be_had_here_is_told_before_anything_starts(tmp_path: Path, spec: str) -> None:
+    """A library, a GPU, a LoRA target, a model of the hub: each is known without starting Ray."""
+    tuned = "{method: lora, target_modules: [q_porj]}"
+    other = "kind: sft\n    model: org/no-such-model"
+    for change, says in (
+        (
+            "attention: flash_attention_2",
+            "stages.sft.attention: flash_attention_2 cannot be used: the workers have no GPU",
+        ),
+        (
+            f"tuning: {tuned}",
+            "stages.sft.tuning.target_modules: 'q_porj' matches nothing in this model; did you mean q_proj?",
+        ),
+        (
+            other,
+            "stages.sft.model: org/no-such-model is neither a folder nor in the cache of the hub, and HF_HUB_OFFLINE is set",
+        ),
+    ):
+        text = (
+            spec.replace("kind: sft", change)
+            if change is other
+            else spec.replace("kind: sft", f"kind: sft\n    {change}")
+        )
+        (tmp_path / "spec.yaml").write_text(text)
+        done = raylign(tmp_path, "run", "spec.yaml")
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "runs" / "chain" / "run.json").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
