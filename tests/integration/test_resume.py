@@ -1,0 +1,287 @@
+"""Trainings that are cut off: by SIGKILL of workers or of the driver at any step, then run again, to the very same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from stages import KINDS, Init, StageContext
+from stages.base import Artifact, Resources, StageResult
+from stages.errors import StageError
+from stages.training import stage as training_stage
+from stages.training import trainer as trainer_module
+from stages.training.consumption import check_consumption
+
+from ..conftest import LLAMA
+from .test_training import train, weights
+
+ROWS = 101  # 13 steps of 8 an epoch, the last of 5
+WITH_DROPOUT = LLAMA | {"attention_dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def dropping(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with dropout, so that weights are the same only if random numbers are."""
+    work = tmp_path_factory.mktemp("dropping")
+    config = {"config": WITH_DROPOUT, "tokenizer": {"vocab_size": 320}, "data": [{"path": str(data / "chats.jsonl")}]}
+    Init.model_validate(config).run(StageContext("base", work, work / "prepared", {}))
+    return str(work / "model")
+
+
+def sft(
+    folder: Path, model: str, data: Path, workers: int, at_step: Callable[[int, int], None] | None = None, **config: Any
+) -> StageResult:
+    """Run the stage in its folder, again where it was begun; `at_step(rank, step)` is called after each step on each worker."""
+
+    def watched(job: dict[str, Any]) -> Any:
+        from transformers import TrainerCallback
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                at_step(args.process_index, state.global_step)  # type: ignore[misc]
+
+        def build(parts: Any) -> Any:
+            made = job["build"](parts)
+            made.add_callback(Watch())
+            return made
+
+        return trainer_module.train_on_worker(job | {"build": build})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"train": train(8 // workers, save_steps=3, logging_steps=2)} | config
+    stage = KINDS["sft"].model_validate({"kind": "sft", "data": [{"path": str(data / "chats.jsonl")}]} | settings)
+    context = StageContext(
+        "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)]},
+        resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        if at_step is not None:
+            patch.setattr(training_stage, "train_on_worker", watched)
+        return stage.run(context)
+
+
+def kill(ranks: set[int], at: int) -> Callable[[int, int], None]:
+    def at_step(rank: int, step: int) -> None:
+        if step == at and rank in ranks:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return at_step
+
+
+def accident(rank: int, step: int) -> None:
+    if step == 11:
+        raise RuntimeError("an accident")
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of each step, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [
+        {k: line.get(k) for k in ("step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens")}
+        for line in lines
+    ]
+
+
+def assert_same(whole: Path, cut: Path) -> None:
+    wanted, got = weights(whole), weights(cut)
+    assert set(wanted) == set(got) and all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert log(whole) == log(cut)
+    assert (whole / "consumed.jsonl").read_text() == (cut / "consumed.jsonl").read_text()
+
+
+def test_one_worker_goes_on_from_its_checkpoint_or_the_one_before(
+    ray_address: str, tmp_path: Path, dropping: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted after step 11 of 13; the newest checkpoint (9) is damaged; a model of another shape is refused."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = sft(whole, dropping, data, 1)
+    assert result.details["consumption"] == {"steps": 13, "epochs": 1, "rows_after": 0, "problems": []}
+    with pytest.raises(RuntimeError, match="an accident"):
+        sft(cut, dropping, data, 1, accident)
+    folder = cut / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-6", "checkpoint-9"]
+    assert not list(folder.rglob("*.safetensors")) and not list(folder.rglob("tokenizer*"))
+
+    newest = folder / "checkpoint-9" / "weights.pt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-100] + bytes(100))
+    capsys.readouterr()
+    assert sft(cut, dropping, data, 1).steps == 13
+    told = capsys.readouterr().out
+    assert "checkpoint-9 is damaged (weights.pt has changed since it was written)" in told
+    assert "training goes on from checkpoint-6" in told
+    assert_same(whole, cut)
+    sft(cut, dropping, data, 1)  # and once more: nothing is left to train, the model stays
+    assert_same(whole, cut)
+
+    with pytest.raises(StageError, match=r"checkpoint-13 is of another model .* remove .*checkpoints"):
+        sft(cut, dropping, data, 1, tuning={"method": "lora", "r": 4})
+
+
+def test_a_killed_worker_of_two(ray_address: str, tmp_path: Path, dropping: str, data: Path) -> None:
+    at = random.randint(4, 12)
+    print("killed at step", at)
+    sft(tmp_path / "whole", dropping, data, 2)
+    with pytest.raises(Exception, match=r"(?i)died|killed|crash"):
+        sft(tmp_path / "cut", dropping, data, 2, kill({1}, at))
+    assert sft(tmp_path / "cut", dropping, data, 2).steps == 13
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"deepspeed": "zero2"},
+        {"deepspeed": "zero3"},
+        {"deepspeed": "zero3", "tuning": {"method": "lora", "r": 4, "lora_dropout": 0.2}},
+    ],
+    ids=["zero2", "zero3", "zero3 lora"],
+)
+def test_all_workers_killed_under_deepspeed(
+    ray_address: str, tmp_path: Path, dropping: str, data: Path, config: dict[str, Any]
+) -> None:
+    at = random.randint(4, 12)
+    print("killed at step", at)
+    sft(tmp_path / "whole", dropping, data, 2, **config)
+    with pytest.raises(Exception, match=r"(?i)died|killed|crash"):
+        sft(tmp_path / "cut", dropping, data, 2, kill({0, 1}, at), **config)
+    assert sft(tmp_path / "cut", dropping, data, 2, **config).steps == 13
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_two_workers_then_one_then_two(ray_address: str, tmp_path: Path, model: str, data: Path) -> None:
+    """Another number of workers cuts steps of another size, from where the last ones stopped. With ZeRO it is the same
+    training: its checkpoints are converted."""
+    losses: dict[str, list[dict[str, Any]]] = {}
+    for name in ("none", "zero2", "zero3"):
+        folder, config = tmp_path / name, {} if name == "none" else {"deepspeed": name}
+        settings = config | {"train": train(4, save_steps=3, num_train_epochs=2)}
+        for workers, stop in ((2, 5), (1, 9)):
+            with pytest.raises(RuntimeError, match="stop"):
+                sft(folder, model, data, workers, stopping(folder, stop), **settings)
+        result = sft(folder, model, data, 2, **settings)
+        lines = [json.loads(line) for line in (folder / "consumed.jsonl").open()]
+        # 3 steps of 8 rows and 3 of 4 are 36; 9 steps of 8 for the other 65 of the epoch, 13 for the second epoch
+        assert result.steps == 3 + 3 + 9 + 13
+        assert [line["workers"] for line in lines] == [2] * 3 + [1] * 3 + [2] * (result.steps - 6)
+        assert check_consumption(lines, ROWS).as_dict() == {
+            "steps": result.steps,
+            "epochs": 2,
+            "rows_after": 0,
+            "problems": [],
+        }
+        losses[name] = [line["loss"] for line in log(folder)]
+    assert losses["zero2"] == pytest.approx(losses["none"], rel=1e-5)
+    assert losses["zero3"] == pytest.approx(losses["none"], rel=1e-5)
+
+
+def stopping(folder: Path, at: int) -> Callable[[int, int], None]:
+    """Raise after a step, when the checkpoint of three steps or so before is there."""
+
+    def at_step(rank: int, step: int) -> None:
+        if step >= at:
+            wanted = folder / "checkpoints" / f"checkpoint-{(at - 1) // 3 * 3}"
+            while not wanted.is_dir():
+                time.sleep(0.05)
+            raise RuntimeError("stop")
+
+    return at_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"deepspeed": "zero2"}, {"deepspeed": "zero3"}], ids=["none", "zero2", "zero3"])
+def test_the_best_model_is_loaded_from_its_checkpoint(
+    ray_address: str, tmp_path: Path, model: str, data: Path, config: dict[str, Any]
+) -> None:
+    settings = train(
+        4, learning_rate=0.05, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True
+    )
+    source = [{"path": str(data / "chats.jsonl"), "eval": "20%"}]
+    result = sft(tmp_path / "sft", model, data, 2, train=settings, data=source, **config)
+    lines = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").open()]
+    losses = {line["step"]: line["eval_loss"] for line in reversed(lines) if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert best < max(losses)  # such a learning rate unlearns
+    assert result.metrics["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert f"checkpoint-{best}" in [p.name for p in (tmp_path / "sft" / "checkpoints").iterdir()]
+
+
+# ------------------------------------------------------------------------------------------------ the whole command
+
+SPEC = """
+name: {name}
+storage: runs
+cluster: {{workers: 2}}
+model: {model}
+stages:
+  sft:
+    kind: sft
+    data: [{{path: {data}/chats.jsonl}}]
+    train: {{learning_rate: 1.0e-3, per_device_train_batch_size: 4, num_train_epochs: 10, logging_steps: 5, save_steps: 10}}
+"""
+
+
+def started(folder: Path, name: str, model: str, data: Path) -> subprocess.Popen[str]:
+    (folder / f"{name}.yaml").write_text(SPEC.format(name=name, model=model, data=data))
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", f"{name}.yaml"], cwd=folder, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dropping: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    process = started(folder, "whole", dropping, data)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return folder / "runs" / "whole" / "sft"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["workers", "driver"])
+def test_a_run_goes_on_after_sigkill(undisturbed: Path, tmp_path: Path, dropping: str, data: Path, victim: str) -> None:
+    at = 5 * random.randint(3, 20)
+    print("killed at step", at)
+    process = started(tmp_path, "cut", dropping, data)
+    deadline = time.time() + 200
+    while time.time() < deadline and not steps_done(tmp_path) >= at:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    killed = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())] if victim == "workers" else [process]
+    assert len(killed) == (2 if victim == "workers" else 1)
+    for each in killed:
+        each.send_signal(signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode == (1 if victim == "workers" else -signal.SIGKILL)
+    psutil.wait_procs(family, timeout=30)
+    again = started(tmp_path, "cut", dropping, data)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, out + err
+    assert "goes on from its last checkpoint" in out
+    assert_same(undisturbed, tmp_path / "runs" / "cut" / "sft")
+    made = json.loads((tmp_path / "runs" / "cut" / "sft" / "manifest.json").read_text())
+    assert made["workers"] == 2
+    assert made["details"]["consumption"] == {"steps": 130, "epochs": 10, "rows_after": 0, "problems": []}
+
+
+def steps_done(folder: Path) -> int:
+    for path in folder.glob("runs/cut/.work/sft-*/consumed.jsonl"):
+        return len(path.read_text().splitlines())
+    return 0
