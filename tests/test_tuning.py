@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from stages import SFT, Reward
-from stages.errors import StageError
+from stages.data.tokenizer import check_model_folder
+from stages.errors import DataError, StageError
 from stages.training import tuning as module
 from stages.training.architecture import read_architecture
 from stages.training.tuning import (
@@ -183,3 +185,10 @@ def test_stages_take_every_method() -> None:
     assert sft.lora() == {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 4}
     assert Reward.model_validate({"data": data, "tuning": {"method": "lora"}}).lora()["modules_to_save"] == ["score"]
     assert SFT.model_validate({"data": data}).lora() is None
+
+
+def test_an_adapter_given_as_a_model_is_told_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match="a LoRA adapter of org/base, not a model; merge it first"):
+        check_model_folder(str(tmp_path))

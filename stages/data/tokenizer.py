@@ -25,9 +25,14 @@ def check_model_folder(model: str) -> None:
         return
     if not path.is_dir():
         raise DataError(f"{model}: a model is a folder with config.json, weights and a tokenizer, this is a file")
+    if (path / "adapter_config.json").is_file():
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path") or "its base"
+        raise DataError(
+            f"{model}: a LoRA adapter of {base}, not a model; merge it first: peft's AutoPeftModelForCausalLM"
+            ".from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
     if not (path / "config.json").is_file():
-        hint = " (a bare LoRA adapter: merge it first)" if (path / "adapter_config.json").is_file() else ""
-        raise DataError(f"{model}: not a model folder: there is no config.json in it{hint}")
+        raise DataError(f"{model}: not a model folder: there is no config.json in it")
     try:
         json.loads((path / "config.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
