@@ -87,7 +87,9 @@ def test_bf16_on_a_cpu_where_it_is_asked_for(
     result, (loss,) = run(tmp_path / "sft", model, "sft", data / "chats.jsonl", train=arguments)
     assert result.details["kernels"]["precision"] == "bf16"
     assert loss != plain[1][0] and loss == pytest.approx(plain[1][0], rel=0.01)
-    assert all(torch.isfinite(tensor).all() and tensor.dtype == torch.float32 for tensor in weights(tmp_path / "sft").values())
+    assert all(
+        torch.isfinite(tensor).all() and tensor.dtype == torch.float32 for tensor in weights(tmp_path / "sft").values()
+    )
 
 
 def build(kind: str, model: str, work: Path, **job: Any) -> Any:
@@ -97,7 +99,10 @@ def build(kind: str, model: str, work: Path, **job: Any) -> Any:
     from stages import dpo, reward, sft
 
     task = KINDS[kind].task
-    made = TrainJob(task=task, model=model, work=work, groups=[], arguments={}, reward=kind == "reward", **job)
+    made = TrainJob(
+        task=task, model=model, work=work, groups=[], arguments={}, reward=kind == "reward",
+        options={"loss_normalization": "token"}, **job,
+    )  # fmt: skip
     rows = datasets.Dataset.from_list([{k: v for k, v in PLACEHOLDERS[task].items() if v is not None}])
     parts = TrainerParts(made, load_tokenizer(model), rows, None, on_cpu=True)
     return {"sft": sft, "dpo": dpo, "reward": reward}[kind].build_trainer(parts)
