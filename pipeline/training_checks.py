@@ -120,8 +120,7 @@ def stage_problems(
             yield ("deepspeed", key), f"{message} ({Path(str(stage.deepspeed)).name})"
     yield from _tuning(stage, None)
     half = True if given.get("bf16") or given.get("fp16") else False if given.get("bf16") is False else None
-    several_packs = bool(given.get("packing")) and train["per_device_train_batch_size"] > 1
-    if problem := attention_problem(stage.attention, gpu=gpu, half=half, several_packs=several_packs):
+    if problem := attention_problem(stage.attention, gpu=gpu, half=half):
         yield ("attention",), problem
     if problem := precision_problem(given, gpu=gpu, bf16_there=None):
         yield ("train", "fp16"), problem

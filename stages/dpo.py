@@ -43,6 +43,7 @@ def build_trainer(parts: TrainerParts) -> Any:
         model=parts.job.model,  # a path: from a model in memory TRL would take the old base as reference (trl#2015)
         args=args,
         train_dataset=parts.dataset,
+        eval_dataset=parts.eval_dataset(args),
         processing_class=parts.tokenizer,
         peft_config=parts.peft_config,
     )

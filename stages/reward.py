@@ -46,6 +46,7 @@ def build_trainer(parts: TrainerParts) -> Any:
         model=parts.job.model,
         args=args,
         train_dataset=parts.dataset,
+        eval_dataset=parts.eval_dataset(args),
         processing_class=parts.tokenizer,
         peft_config=parts.peft_config,
     )

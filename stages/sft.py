@@ -16,6 +16,7 @@ from stages.training.fed import Fed
 from stages.training.feed import OF_THE_FEED
 from stages.training.head import TrainedHead
 from stages.training.job import TrainerParts
+from stages.training.kernels import FLASH
 from stages.training.losses import Normalization, cross_entropy
 from stages.training.stage import TrainStage, run_training
 
@@ -77,6 +78,8 @@ def build_trainer(parts: TrainerParts) -> Any:
             given = {k: v for k, v in inputs.items() if k not in (*OF_THE_FEED, "labels", "loss_weights")}
             if self.aux_loss_enabled:
                 given["output_router_logits"] = True
+            else:  # rows are padded on the right, which causal attention does not see: without a mask it is faster
+                given.pop("attention_mask", None)
             logits, outputs = self.head.logits(model, given, torch.nn.functional.pad(trained, (0, 1)))
             loss, nll, correct = cross_entropy(
                 logits, inputs["labels"][:, 1:][trained], weights[trained],
@@ -114,5 +117,6 @@ def build_trainer(parts: TrainerParts) -> Any:
         weighted=job.weighted,
         normalization=job.options["loss_normalization"],
         pad_to_multiple_of=args.pad_to_multiple_of,
+        flat=parts.kernels.attention.name == FLASH,
     )
     return trainer

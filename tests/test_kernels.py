@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,29 +27,21 @@ GONE = "flash-attn is not installed (pip install flash-attn --no-build-isolation
 
 
 @pytest.mark.parametrize(
-    ("gpu", "half", "supported", "flash", "packs", "used"),
+    ("gpu", "half", "supported", "flash", "used"),
     [
-        (True, True, BOTH, None, False, "flash_attention_2"),
-        (True, True, BOTH, GONE, False, f"sdpa ({GONE})"),
-        (False, True, BOTH, None, False, "sdpa (the workers have no GPU)"),
-        (True, False, BOTH, None, False, "sdpa (it computes in bf16 or fp16 only)"),
-        (True, True, {"sdpa"}, None, False, "sdpa (the model has no flash attention)"),
-        (True, True, set(), None, False, "eager (the model has no other)"),
-        (False, False, set(), GONE, False, "eager (the model has no other)"),
+        (True, True, BOTH, None, "flash_attention_2"),
+        (True, True, BOTH, GONE, f"sdpa ({GONE})"),
+        (False, True, BOTH, None, "sdpa (the workers have no GPU)"),
+        (True, False, BOTH, None, "sdpa (it computes in bf16 or fp16 only)"),
+        (True, True, {"sdpa"}, None, "sdpa (the model has no flash attention)"),
+        (True, True, set(), None, "eager (the model has no other)"),
+        (False, False, set(), GONE, "eager (the model has no other)"),
     ],
 )  # fmt: skip
 def test_auto_takes_the_best_there_is_and_says_why_not_better(
-    gpu: bool, half: bool, supported: set[str], flash: str | None, packs: bool, used: str
+    gpu: bool, half: bool, supported: set[str], flash: str | None, used: str
 ) -> None:
-    assert str(attention_for("auto", gpu=gpu, half=half, supported=supported, flash=flash, several_packs=packs)) == used
-
-
-def test_flash_attention_gets_packs_one_by_one() -> None:
-    """transformers finds the ends of documents in one row only: in more, flash attention would look across them."""
-    there: dict[str, Any] = {"gpu": True, "half": True, "supported": BOTH}
-    assert attention_for("auto", **there, several_packs=True).name == "sdpa"
-    with pytest.raises(ValueError, match="per_device_train_batch_size: 1"):
-        attention_for(FLASH, **there, several_packs=True)
+    assert str(attention_for("auto", gpu=gpu, half=half, supported=supported, flash=flash)) == used
 
 
 def test_what_is_asked_for_by_name_is_used_or_refused() -> None:

@@ -41,16 +41,16 @@ def formula(model: Any, rows: Rows, normalization: str, smoothing: float) -> flo
 
 
 def step(
-    model: Any, micro_batches: list[Rows], normalization: str, smoothing: float = 0.0, side: str = "right"
+    model: Any, micro_batches: list[Rows], normalization: str, smoothing: float = 0.0, layout: str = "right"
 ) -> tuple[float, torch.Tensor]:
     """Loss and gradient of one optimiser step, as the trainer computes it."""
     model.zero_grad()
     head = TrainedHead(model)
-    collate = conversation_collator(0, weighted=True, normalization=normalization)  # type: ignore[arg-type]
+    collate = conversation_collator(0, weighted=True, normalization=normalization, flat=layout == "flat")  # type: ignore[arg-type]
     batches = [collate(rows) for rows in micro_batches]
     share, loss = sum(batch["loss_share"] for batch in batches), 0.0
     for batch in batches:
-        if side == "left":
+        if layout == "left":
             batch = padded_left(batch)
         weights, trained = batch["loss_weights"][:, 1:], batch["loss_weights"][:, 1:] > 0
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
@@ -99,9 +99,10 @@ def test_a_step_is_its_formula_however_it_is_cut(
         other, same = step(llm, micro_batches, normalization, smoothing)
         assert other == pytest.approx(loss, rel=1e-5), name
         assert float((same - gradient).norm() / gradient.norm()) < 1e-5, name
-    other, same = step(llm, [rows], normalization, smoothing, side="left")
-    assert other == pytest.approx(loss, rel=1e-5)
-    assert float((same - gradient).norm() / gradient.norm()) < 1e-5
+    for layout, batches in (("left", [rows]), ("flat", [rows]), ("flat", [packed(rows, 96)[:3], packed(rows, 96)[3:]])):
+        other, same = step(llm, batches, normalization, smoothing, layout)
+        assert other == pytest.approx(loss, rel=1e-5), layout
+        assert float((same - gradient).norm() / gradient.norm()) < 1e-5, layout
 
 
 @pytest.mark.parametrize(("smoothing", "dft"), [(0.0, False), (0.2, False), (0.0, True)])

@@ -130,6 +130,11 @@ def read_window(window: Window, rank: int, shares: Shares, seed: int | None, fir
 Row = dict[str, Any]
 
 
+def length(row: Row) -> int:
+    """Tokens of a row: of a pair its prompt and both answers."""
+    return sum(len(row[name]) for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in row)
+
+
 class Feed:
     """The training data of one worker, as micro-batches of rows.
 
@@ -217,6 +222,8 @@ class Feed:
             rows = self._take(*self.span(self.step))
             self.step += 1
             size = self.shares.batch_size
+            if self.shares.accumulation > 1:  # the same step with less padding: what shares a micro-batch does not matter
+                rows.sort(key=length)
             yield from (rows[i * size : (i + 1) * size] for i in range(self.shares.accumulation))
 
     def _take(self, epoch: int, start: int, end: int) -> list[Row]:

@@ -26,7 +26,8 @@ class TrainedHead:
     def _pick(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.mask is None or not args or args[0].shape[:2] != self.mask.shape:
             return None
-        return (args[0][self.mask][None], *args[1:])
+        picked = args[0].flatten(0, 1).index_select(0, self.mask.flatten().nonzero().squeeze(1))
+        return (picked[None], *args[1:])
 
     def logits(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Any]:
         """Logits of the tokens that follow where `mask` (rows, tokens) is true, as (tokens, vocabulary), and the outputs.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stages.training.checkpoint import Saved
 from stages.training.feed import Group, Row
+from stages.training.kernels import Attention, Kernels, worker_kernels
+from stages.training.optimizers import is_own
+from stages.training.tuning import quantization_config
 
 PLACEHOLDERS: dict[str, Row] = {
     "conversation": {"input_ids": [0, 0], "labels": [-100, -100], "weights": None},
@@ -26,7 +31,11 @@ class TrainJob:
     arguments: dict[str, Any]  # of `train:`, as given
     reward: bool = False  # a score head instead of a language model's
     lora: dict[str, Any] | None = None  # of `tuning:`, for peft's LoraConfig
+    quantization: dict[str, Any] | None = None  # of `tuning:`, for transformers' BitsAndBytesConfig
+    given_model: str | None = None  # where `model` is a copy of it with rows for added tokens
+    template_hash: str | None = None  # of the chat template the masks were made with
     deepspeed: dict[str, Any] | None = None
+    attention: Attention = "auto"
     chat_template: str | None = None
     stop_ids: list[int] = field(default_factory=list)  # tokens that end an answer, for the generation config
     seed: int = 0
@@ -34,7 +43,10 @@ class TrainJob:
     weighted: bool = False  # the data has per-token weights
     packed: bool = False  # rows are packs of documents
     tokens_per_row: float = 1.0
-    held_out: list[Group] = field(default_factory=list)  # rows to evaluate on after training
+    held_out: list[Group] = field(default_factory=list)  # rows to evaluate on, as `eval_strategy` says and at the end
+    resume: Saved | None = None  # the checkpoint to go on from
+    early_stopping: dict[str, Any] | None = None  # patience and threshold
+    options: dict[str, Any] = field(default_factory=dict)  # what one kind of stage tells its own `build`
 
     @property
     def placeholder(self) -> Row:
@@ -52,11 +64,19 @@ class TrainerParts:
     peft_config: Any
     on_cpu: bool
 
+    @cached_property
+    def kernels(self) -> Kernels:
+        job = self.job
+        return worker_kernels(
+            job.model, job.arguments, job.attention, gpu=not self.on_cpu, frozen=job.lora is not None,
+            reward=job.reward,
+        )  # fmt: skip
+
     def arguments(self, config_class: Callable[..., Any], **fixed: Any) -> Any:
         """The trainer's arguments: the user's own, our defaults, and what the pipeline decides."""
         defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2, "logging_nan_inf_filter": False}
         if self.on_cpu:
-            defaults |= {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+            defaults |= {"gradient_checkpointing": False, "dataloader_pin_memory": False}
         decided = {
             "output_dir": str(self.job.work / "checkpoints"),
             "seed": self.job.seed,
@@ -65,9 +85,22 @@ class TrainerParts:
             "disable_tqdm": True,
             "ignore_data_skip": True,  # the feed itself starts where the checkpoint stopped
             "remove_unused_columns": False,
+            "model_init_kwargs": self.kernels.load_options() | self.quantization(),
+            **self.kernels.precision,
             **fixed,
         }
-        return config_class(**(defaults | self.job.arguments | decided))
+        own = {name for name in ("optim", "lr_scheduler_type") if is_own(self.job.arguments.get(name))}
+        given = {k: v for k, v in self.job.arguments.items() if k not in own}
+        return config_class(**(defaults | given | decided))
+
+    def quantization(self) -> dict[str, Any]:
+        if self.job.quantization is None:
+            return {}
+        return {"quantization_config": quantization_config(self.job.quantization, self.on_cpu)}
+
+    def eval_dataset(self, args: Any) -> Any:
+        """Something that transformers takes for a dataset to evaluate on; the rows come from the feed."""
+        return self.dataset if args.eval_strategy != "no" else None
 
 
 Build = Callable[[TrainerParts], Any]

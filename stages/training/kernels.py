@@ -61,7 +61,6 @@ def attention_for(
     half: bool,
     supported: Collection[str],
     flash: str | None = None,
-    several_packs: bool = False,
 ) -> Used:
     """The attention implementation to load a model with.
 
@@ -72,41 +71,35 @@ def attention_for(
         gpu: whether the model runs on a GPU; `half` whether it computes in bfloat16 or float16.
         supported: of sdpa and flash_attention_2, those the model's class has.
         flash: what keeps the flash-attn library from being used, None where it can be.
-        several_packs: whether a micro-batch has more than one pack. Flash attention is told where documents end by
-            transformers, which finds their ends in `position_ids` of one row only; in more they would see each other.
 
     Raises:
         ValueError: what was asked for by name cannot be had.
     """
     if asked != "auto":
-        if problem := attention_problem(asked, gpu=gpu, half=half, flash=flash, several_packs=several_packs):
+        if problem := attention_problem(asked, gpu=gpu, half=half, flash=flash):
             raise ValueError(problem)
         if asked != "eager" and asked not in supported:
             raise ValueError(f"this model has no {asked}; write auto, or {_best(supported, flash is None)}")
         return Used(asked)
-    why = _why_not_flash(gpu, half, flash, several_packs)
+    why = _why_not_flash(gpu, half, flash)
     if why is None and FLASH in supported:
         return Used(FLASH)
     why = why or "the model has no flash attention"
     return Used("sdpa", why) if "sdpa" in supported else Used("eager", "the model has no other")
 
 
-def attention_problem(
-    asked: Attention, *, gpu: bool | None, half: bool | None, flash: str | None = None, several_packs: bool = False
-) -> str | None:
+def attention_problem(asked: Attention, *, gpu: bool | None, half: bool | None, flash: str | None = None) -> str | None:
     """What is wrong with asking for an attention by name, as far as it is known; None for what is not known yet."""
-    if asked == FLASH and (why := _why_not_flash(gpu, half, flash, several_packs)):
+    if asked == FLASH and (why := _why_not_flash(gpu, half, flash)):
         return f"{FLASH} cannot be used: {why}; write auto, or sdpa"
     return None
 
 
-def _why_not_flash(gpu: bool | None, half: bool | None, flash: str | None, several_packs: bool) -> str | None:
+def _why_not_flash(gpu: bool | None, half: bool | None, flash: str | None) -> str | None:
     if gpu is False:
         return "the workers have no GPU"
     if half is False:
         return "it computes in bf16 or fp16 only"
-    if several_packs:
-        return "it keeps packed documents apart in batches of one pack only (per_device_train_batch_size: 1)"
     return flash
 
 
@@ -238,7 +231,7 @@ class Kernels:
 
 
 def worker_kernels(
-    model: str, train: Mapping[str, Any], asked: Attention, *, gpu: bool, frozen: bool, reward: bool, packed: bool
+    model: str, train: Mapping[str, Any], asked: Attention, *, gpu: bool, frozen: bool, reward: bool
 ) -> Kernels:
     """What this worker, with its own GPU and its own libraries, computes with.
 
@@ -265,7 +258,6 @@ def worker_kernels(
             half=any(precision.values()),
             supported=supported_attention(model, reward=reward),
             flash=flash_broken(),
-            several_packs=packed and train.get("per_device_train_batch_size", 8) > 1,
         )
     except ValueError as error:
         raise StageError(f"attention: {error}") from error

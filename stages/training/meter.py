@@ -15,27 +15,33 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a model for one forward and backward pass (PaLM, Chowdhery et al. 2022, appendix B): 6 for each weight that
-    a token meets, and 12 x layers x heads x head size for each token it attends to. Recomputation is not counted."""
+    """FLOPs of a model for one forward and backward pass (PaLM, Chowdhery et al. 2022, appendix B): 6 for each weight that a
+    token meets (4 for a frozen one, which gets no gradient), and 12 x layers x hidden size for each token it attends to.
+    What is computed again under gradient checkpointing is not counted: it is no progress."""
 
-    body: int  # weights that every token meets: neither embedding nor head
-    head: int  # weights of the output head
-    attention: int  # layers x heads x head size
+    body: int  # FLOPs of a token in all layers, attention to other tokens left out
+    head: int  # FLOPs of a token in the output head
+    attention: int  # layers x hidden size
 
     @classmethod
     def of(cls, model: Any) -> Work:
         config = model.config.get_text_config()
-        layers, hidden = config.num_hidden_layers, config.hidden_size
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        size = int(head.weight.numel()) if head is not None else 0
-        parameters = {id(p): p.numel() for p in model.parameters()}
-        tied = head is not None and head.weight is embedding.weight
-        body = sum(parameters.values()) - embedding.weight.numel() - (0 if tied else size)
-        return cls(body, size, layers * hidden)
+
+        def flops(parameter: Any) -> int:
+            size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+            return (6 if parameter.requires_grad else 4) * int(size)
+
+        each = {id(p): flops(p) for p in model.parameters()}
+        for outside in (embedding, head):
+            if outside is not None:
+                each.pop(id(outside.weight), None)
+        at_head = 0 if head is None else flops(head.weight)
+        return cls(sum(each.values()), at_head, config.num_hidden_layers * config.hidden_size)
 
     def flops(self, tokens: int, scored: int, length: float) -> float:
-        """Of `tokens` real tokens in sequences of about `length`, of which `scored` went through the head."""
-        return 6.0 * (self.body * tokens + self.head * scored) + 12.0 * self.attention * tokens * length / 2
+        """Of `tokens` tokens in documents of about `length`, each attending to half of its own; `scored` met the head."""
+        return self.body * tokens + self.head * scored + 12.0 * self.attention * tokens * length / 2
 
 
 class Meter:

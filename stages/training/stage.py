@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from stages.base import ArtifactKind, Share, Stage, StageContext, StageResult
+from stages.base import ArtifactKind, Config, Share, Stage, StageContext, StageResult
 from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
 from stages.data.ledger import check_lost, read_entries, write_entries
@@ -18,12 +19,26 @@ from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 from stages.data.truncate import Truncation
+from stages.errors import StageError
 from stages.training.arguments import TrainConfig
-from stages.training.deepspeed import deepspeed_config
+from stages.training.consumption import FILE as CONSUMED
+from stages.training.consumption import check_consumption
+from stages.training.deepspeed import deepspeed_config, zero_stage
+from stages.training.export import template_hash
 from stages.training.job import Build, TrainJob
+from stages.training.kernels import Attention
 from stages.training.launch import launch, quiet_ray
 from stages.training.trainer import import_trainers, train_on_worker
-from stages.training.tuning import Full, Lora
+from stages.training.tuning import Full, Lora, QLora, adapter_options, checked_architecture, rows_problem
+from stages.training.universal import for_universal, go_on_from
+from stages.training.vocabulary import grow_vocabulary
+
+
+class EarlyStopping(Config):
+    """As transformers' EarlyStoppingCallback."""
+
+    patience: int = Field(ge=1, description="Evaluations without improvement after which training stops.")
+    threshold: float = Field(default=0.0, ge=0, description="How much better is better.")
 
 
 class TrainStage(Stage):
@@ -34,7 +49,7 @@ class TrainStage(Stage):
     )
     data: list[DataSource] = Field(min_length=1)
     train: TrainConfig
-    tuning: Annotated[Full | Lora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
+    tuning: Annotated[Full | Lora | QLora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
     mask: Mask = Mask()
     truncation: Truncation = Field(
         default="drop",
@@ -45,7 +60,15 @@ class TrainStage(Stage):
     )
     deduplicate: bool = Field(default=False, description="Leave out rows that are exactly the same as an earlier one.")
     shuffle: bool = Field(default=True, description="Shuffle the rows of each epoch, drawn from the spec's seed.")
-    deepspeed: str | None = Field(default=None, description="zero0 .. zero3, or the path of a DeepSpeed JSON file.")
+    deepspeed: str | None = Field(
+        default=None, description="zero0 .. zero3, zero3+offload, zero3+offload_params, or a DeepSpeed JSON file."
+    )
+    attention: Attention = Field(
+        default="auto", description="auto (flash_attention_2 where it can be had, else sdpa), or one of them by name."
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="Stop when the evaluation has not become better for a while; the best model is kept."
+    )
     workers: int | None = Field(default=None, ge=1, description="Workers of this stage, where not the cluster's.")
 
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"model": ("model",)}
@@ -57,6 +80,29 @@ class TrainStage(Stage):
     def _deepspeed(cls, value: str | None) -> str | None:
         deepspeed_config(value)
         return value
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> TrainStage:
+        given = self.train.given()
+        evaluates = given.get("eval_strategy", "no") != "no"
+        if evaluates and not any(source.eval for source in self.data):
+            raise ValueError("eval_strategy wants rows to evaluate on: give a source `eval: 2%`")
+        if not evaluates and (self.early_stopping or given.get("load_best_model_at_end")):
+            raise ValueError(
+                "early_stopping and load_best_model_at_end want `train: {eval_strategy: steps, eval_steps: N}`"
+            )
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The trainer's, as given; where the best model is to be kept, checkpoints are made when it is evaluated."""
+        given = {k: v for k, v in self.train.given().items() if k not in ("max_length", "packing")}
+        if self.early_stopping is not None:
+            given.setdefault("load_best_model_at_end", True)
+        if given.get("load_best_model_at_end"):
+            given.setdefault("save_strategy", given["eval_strategy"])
+            if "eval_steps" in given:
+                given.setdefault("save_steps", given["eval_steps"])
+        return given
 
     @property
     def max_length(self) -> int:
@@ -80,12 +126,20 @@ class TrainStage(Stage):
         return None if isinstance(self.tuning, Full) else self.tuning.given()
 
 
-def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageResult:
-    """Prepare the data, train on the workers, and leave model, ledger and metrics in `ctx.work`."""
+def run_training(
+    stage: TrainStage, ctx: StageContext, build: Build, options: dict[str, Any] | None = None
+) -> StageResult:
+    """Prepare the data, train on the workers, and leave model, ledger and metrics in `ctx.work`.
+
+    `build` makes the stage's trainer on each worker; `options` are what it needs besides the job.
+    """
     quiet_ray()
     ctx.report.phase("prepare")
-    model = ctx.input().model
-    tokenizer = load_tokenizer(model, ctx.chat_template)
+    given = ctx.input().model
+    tokenizer = load_tokenizer(given, ctx.chat_template)
+    deepspeed = deepspeed_config(stage.deepspeed, gpu=ctx.resources.gpus_per_worker > 0)
+    reward = stage.produces == "reward model"
+    architecture = checked_architecture(stage.tuning, given, reward=reward, zero_stage=zero_stage(deepspeed))
     imports = threading.Thread(target=import_trainers)
     imports.start()
     data = prepare(
@@ -97,17 +151,28 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
     imports.join()
     write_ledger(data, ctx.work)
     check_lost(data.manifest["ledger"], stage.max_dropped, refuse_long=stage.truncation == "refuse")
-    arguments = {k: v for k, v in stage.train.given().items() if k not in ("max_length", "packing")}
+    model, new_tokens = grow_vocabulary(given, tokenizer, ctx.work / "base")
+    lora = stage.lora()
+    if lora is not None and architecture is not None:
+        lora = adapter_options(stage.tuning, lora, architecture, new_tokens)
+        if problem := rows_problem(lora, zero_stage(deepspeed), gpu=ctx.resources.gpus_per_worker > 0):
+            raise StageError(problem)
+    resume = go_on_from(ctx.work / "checkpoints", ctx.resources.workers, lambda line: print(line, flush=True))
     job = TrainJob(
         task=stage.task,
         model=model,
         work=ctx.work,
         groups=data.row_groups(),
-        arguments=arguments,
-        reward=stage.produces == "reward model",
-        lora=stage.lora(),
-        deepspeed=deepspeed_config(stage.deepspeed),
+        arguments=stage.arguments(),
+        given_model=given,
+        reward=reward,
+        lora=lora,
+        quantization=stage.tuning.quantization(),
+        deepspeed=for_universal(deepspeed, resume),
+        resume=resume,
         chat_template=ctx.chat_template,
+        template_hash=template_hash(tokenizer),
+        attention=stage.attention,
         stop_ids=data.manifest["stop_ids"],
         seed=ctx.seed,
         shuffle=stage.shuffle,
@@ -115,6 +180,8 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         packed=data.manifest["fill"] is not None,
         tokens_per_row=max(1.0, data.tokens / max(data.rows, 1)),
         held_out=data.row_groups("eval"),
+        early_stopping=stage.early_stopping.model_dump() if stage.early_stopping else None,
+        options=options or {},
     )
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
     outcome = launch(
@@ -124,6 +191,13 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         local=ctx.local,
         folder=ctx.work,
     )
+    shutil.rmtree(ctx.work / "base", ignore_errors=True)  # its rows are in the export
+    consumption = check_consumption(map(json.loads, (ctx.work / CONSUMED).open()), data.rows)
+    if consumption.problems:
+        raise StageError(
+            f"rows were lost or repeated: {'; '.join(consumption.problems[:3])} ({ctx.work / CONSUMED})\n"
+            f"  to train from the start, remove {ctx.work}"
+        )
     last = {k: v for k, v in outcome["last"].items() if k not in ("step", "epoch")}
     trained = data.manifest["trained_tokens"]
     metrics = {**last, "first_loss": outcome["first"].get("loss"), "train_seconds": outcome["seconds"]}
@@ -131,10 +205,14 @@ def run_training(stage: TrainStage, ctx: StageContext, build: Build) -> StageRes
         "prepared": str(data.path),
         "trained_tokens": trained,
         "epochs": outcome["epochs"],
+        "consumption": consumption.as_dict(),
+        "checkpoints": outcome["checkpoints"],
         "ledger": data.manifest["ledger"],
         "mixture": data.manifest["sources"],
         "warnings": data.manifest["warnings"],
         "fill": data.manifest["fill"],
+        "kernels": outcome["kernels"],
+        "tuning": {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]},
     }
     return StageResult(metrics, rows=data.rows, tokens=data.tokens, steps=outcome["steps"], details=details)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 from stages.base import Reporter
-from stages.training.checkpoint import last_checkpoint
 from stages.training.deepspeed import init_deepspeed
 from stages.training.evaluation import evaluate_held_out
 from stages.training.export import save_model
-from stages.training.feed import Feed, FeedLoader, Shares
+from stages.training.feed import Feed, FeedLoader, Position, Shares, total_steps
 from stages.training.job import PLACEHOLDERS, Build, TrainerParts, TrainJob
 from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
+from stages.training.tuning import settle_quantized
 from stages.training.watch import report_callback
 
 
@@ -42,8 +41,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     args = trainer.args
     shares = Shares(workers, args.per_device_train_batch_size, args.gradient_accumulation_steps)
     rows = sum(count for _, _, count in job.groups)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * shares.steps(rows))
-    checkpoint, done = last_checkpoint(job.work / "checkpoints")
+    start = job.resume.record.position if job.resume else Position()
+    total = args.max_steps if args.max_steps > 0 else total_steps(shares, rows, args.num_train_epochs, start)
     order = job.seed if job.shuffle else None
     feed = Feed(
         job.groups,
@@ -51,27 +50,31 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         shares=shares,
         steps=total,
         seed=order,
-        start_step=done,
+        start=start,
         tokens_per_row=job.tokens_per_row,
     )
-    trainer.loader = FeedLoader(feed, trainer.data_collator, job.placeholder)
+    trainer.join(job, FeedLoader(feed, trainer.data_collator, job.placeholder))
     if rank == 0:
-        Reporter(job.work).rewind(done)
+        Reporter(job.work).rewind(start.step)
     started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)  # of a finished checkpoint the feed gives nothing more to train
+    # Of a finished checkpoint the feed gives nothing more to train.
+    trainer.train(resume_from_checkpoint=str(job.resume.path) if job.resume else None)
     seconds = time.time() - started
-    held_out = evaluate_held_out(trainer, job, rank, workers) if job.held_out else {}
+    held_out = evaluate_held_out(trainer) if job.held_out else {}
     if rank == 0:
         if held_out:
             Reporter(job.work).metrics(trainer.state.global_step, held_out)
         Reporter(job.work).phase("export")
-    save_model(trainer, job, rank)
+    exported = save_model(trainer, job, rank)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": int(trainer.state.global_step),
         "epochs": feed.epochs,
         "seconds": round(seconds, 3),
-        "resumed_at_step": done,
+        "resumed_at_step": start.step,
+        "kernels": trainer.kernels,
+        "export": exported,
+        "checkpoints": {"saved": trainer.writer.saved, "blocked_seconds": round(trainer.writer.blocked, 3)},
         "last": (history[-1] if history else {}) | held_out,
         "first": history[0] if history else {},
     }
@@ -92,6 +95,13 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
     placeholder = datasets.Dataset.from_list([{k: v for k, v in PLACEHOLDERS[job.task].items() if v is not None}])
     parts = TrainerParts(job, load_tokenizer(job.model, job.chat_template), placeholder, peft_config, on_cpu)
     trainer = build(parts)
+    if job.quantization is not None:
+        settle_quantized(trainer.model)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(report_callback(job.work))
+    trainer.kernels = parts.kernels.facts()
+    if trainer.is_world_process_zero():
+        print("; ".join(f"{k}: {v}" for k, v in trainer.kernels.items()), flush=True)
+    if job.early_stopping is not None:
+        trainer.add_callback(transformers.EarlyStoppingCallback(*job.early_stopping.values()))
     return trainer
