@@ -24,6 +24,7 @@ from stages.training.tuning import (
     matched,
     missing_library,
     quantization_config,
+    rows_problem,
     tuning_problems,
 )
 
@@ -159,6 +160,17 @@ def test_rows_of_new_tokens_are_trained_where_they_stand() -> None:
     assert rows(TIED, trainable_token_indices={"embed_tokens": [5]}) == {"embed_tokens": [5, 320, 321]}
     assert rows(UNTIED, modules_to_save=["lm_head"]) == {"model.embed_tokens": [320, 321]}
     assert rows(UNTIED, modules_to_save=["lm_head", "embed_tokens"]) is None
+
+
+def test_rows_are_trained_under_zero3_on_gpus_only() -> None:
+    options = {"trainable_token_indices": {"embed_tokens": [320]}}
+    assert "use zero2, or `method: full`" in str(rows_problem(options, 3, gpu=False))
+    assert (
+        rows_problem(options, 3, gpu=True)
+        is rows_problem(options, 2, gpu=False)
+        is rows_problem({}, 3, gpu=False)
+        is None
+    )
 
 
 def test_qlora_is_nf4_with_double_quantisation_unless_asked_otherwise() -> None:

@@ -116,6 +116,16 @@ def adapter_options(
     return options | {"trainable_token_indices": rows}
 
 
+def rows_problem(options: Mapping[str, Any], zero_stage: int, *, gpu: bool) -> str | None:
+    """What keeps single rows of an embedding from being trained beside an adapter.
+
+    Under ZeRO-3 peft 0.21 gathers them on a GPU only (TrainableTokensLayer._collect_token_weights); until it does elsewhere.
+    """
+    if not options.get("trainable_token_indices") or zero_stage != 3 or gpu:
+        return None
+    return "tuning: an adapter trains rows of added tokens under ZeRO-3 on GPUs only; use zero2, or `method: full`"
+
+
 def matched(targets: str | Collection[str], names: Collection[str]) -> list[str]:
     """The modules that peft would take: a string is a regular expression, names in a list are ends of paths."""
     if isinstance(targets, str):
