@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import read_json
-from pipeline.handoff import Checker
+from pipeline.handoff import PROBES, Checker
 from pipeline.plan import Plan, PlannedStage, lacking, lineage, machine_gpus, machine_resources
 from pipeline.progress import Terminal
 from pipeline.report import write_report
 from pipeline.stage_process import StageJob, send
+from pipeline.training_checks import run_problems
 from stages.base import Artifact, StageContext
 from stages.errors import Problem, SpecError, StageError
 from stages.evaluate import check_gate
 from stages.training.launch import ENVIRONMENT
+from stages.training.stage import TrainStage
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
 LOG_TAIL = 12
@@ -133,8 +135,7 @@ class _Run:
         self.state: dict[str, Any] = {}
 
     def carry_out(self) -> None:
-        if self.cluster.local:
-            self._check_machine()
+        self._check()
         self._begin()
         try:
             if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
@@ -152,16 +153,17 @@ class _Run:
         if self.failed:
             raise StageError("\n".join(self.failed.values()))
 
-    def _check_machine(self) -> None:
-        """This machine does not grow: what it can never hold is told before anything is started."""
+    def _check(self) -> None:
+        """What can never work is told before anything is started; this machine does not grow as a cluster may."""
         have = machine_resources()
         hint = "lower `workers`, or run it on a cluster (RAY_ADDRESS, or `raylign submit`)"
         problems = [
             Problem(f"stages.{s.name}", f"{what}; {hint}")
             for s in self.plan.stages
             if s.state != "cached"
-            for what in lacking(s.resources, have)
+            for what in (lacking(s.resources, have) if self.cluster.local else [])
         ]
+        problems += run_problems(self.plan, local=self.cluster.local)
         if problems:
             raise SpecError(problems, self.plan.spec.file)
 
@@ -317,10 +319,10 @@ class _Run:
                 running.checker.drop()
             self._fail(running, _cause(work, code))
             return
-        checked: dict[str, Any] = {"problems": [], "facts": {}}
+        checked: dict[str, Any] = {"problems": [], "warnings": [], "facts": {}}
         if planned.stage.produces != "metrics":
             checker = running.checker or Checker(self.folder.log(name))
-            checked = checker.check(work / "model", planned.stage.produces)
+            checked = checker.check(work / "model", planned.stage.produces, isinstance(planned.stage, TrainStage))
         if checked["problems"]:
             self._fail(running, "handoff refused: " + "; ".join(checked["problems"]))
             return
@@ -333,13 +335,14 @@ class _Run:
             "config": planned.stage.model_dump(mode="json", exclude_unset=True),
             "seed": self.plan.spec.seed,
             "inputs": lineage(self.plan, planned),
-            "handoff": checked["facts"],
+            "handoff": {**checked["facts"], "warnings": checked["warnings"]},
+            "workers": planned.resources.workers,
             "seconds": seconds,
             "versions": versions(),
             **result,
         }
         self.folder.publish(name, manifest)
-        for file in ("result.json", "events.jsonl"):
+        for file in ("result.json", "events.jsonl", PROBES):
             (self.folder.stage(name) / file).unlink(missing_ok=True)
         self.done.add(name)
         self._set(name, state="done", seconds=seconds)
