@@ -142,3 +142,17 @@ def test_added_tokens_are_trained_and_exported(tmp_path: Path, grown: Path, data
     if tuning["method"] == "lora":
         adapter = json.loads((tmp_path / "sft" / "adapter" / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(grown)
+
+
+def test_an_export_has_the_dtype_of_its_base(tmp_path: Path, model: str, data: Path) -> None:
+    """DPO with an adapter on a base in bfloat16: trained in float32 on a CPU, rounded once, held to the same logits."""
+    base = tmp_path / "base-bf16"
+    shutil.copytree(model, base)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(base)
+    _, losses = run(tmp_path / "dpo", str(base), "dpo", data / "pairs.jsonl", train=ONE_STEP, tuning=LORA)
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)  # with the adapter off, the policy is its reference
+    facts = handed_over(tmp_path / "dpo")
+    assert facts["dtype"] == "bfloat16" and 0 < facts["logits_difference"] < facts["logits_allowed"]
+    stored = load_file(tmp_path / "dpo" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16} and "lm_head.weight" not in stored
+    assert json.loads((tmp_path / "dpo" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
