@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.spec import Spec
 from stages import Init
 from stages.errors import DataError, Problem
+from stages.training.architecture import length_limit
 from stages.training.arguments import library_defaults, optimizer_names
 from stages.training.deepspeed import clashes, deepspeed_config, zero_stage
 from stages.training.kernels import attention_problem, missing_libraries, optimizer_problem, precision_problem
@@ -150,15 +151,6 @@ def with_defaults(stage: TrainStage, gpu: bool | None) -> dict[str, Any]:
     if train["bf16"] is None and gpu:
         train["bf16"] = not train.get("fp16")
     return train
-
-
-def length_limit(config: Mapping[str, Any]) -> int | None:
-    """Positions of a model; None where they have no end, or are rotary and scaled to more than the config says."""
-    text = config.get("text_config") or config
-    limit = text.get("max_position_embeddings") or text.get("n_positions")
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return limit if isinstance(limit, int) and not scaled else None
 
 
 def length_problem(max_length: int | None, config: Mapping[str, Any]) -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from stages import SFT
+from stages.training.architecture import length_limit
 from stages.training.arguments import MANAGED, library_fields, train_config
 from stages.training.tuning import Lora
 
@@ -43,3 +46,13 @@ def test_types_are_checked_strictly() -> None:
             config.model_validate(wrong)
     with pytest.raises(ValidationError):
         Lora.model_validate({"method": "lora", "r": "16"})
+
+
+def test_the_default_length_is_no_longer_than_the_model(tokenizer: Any) -> None:
+    """The fixture's model has 256 positions, the default of TRL is 1,024."""
+    sources = [{"path": "chats.jsonl"}]
+    assert SFT.model_validate({"kind": "sft", "data": sources}).recipe(tokenizer, 0).max_length == 256
+    asked = SFT.model_validate({"kind": "sft", "data": sources, "train": {"max_length": 99}})
+    assert asked.recipe(tokenizer, 0).max_length == 99
+    with_rope = {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "yarn", "factor": 8.0}}
+    assert length_limit(with_rope) is None and length_limit({"n_positions": 1024}) == 1024

@@ -62,3 +62,23 @@ def _read(config_json: str, reward: bool) -> Architecture:
         head is not None and bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         embedding.weight.shape[0],
     )
+
+
+def length_limit(config: Mapping[str, Any]) -> int | None:
+    """Positions of a model; None where they have no end, or are rotary and scaled to more than the config says."""
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings") or text.get("n_positions")
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return limit if isinstance(limit, int) and not scaled else None
+
+
+def positions(model: str) -> int | None:
+    """`length_limit` of a model folder, or of a hub id whose config can be had."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model)
+    except (OSError, ValueError):  # loading the model tells what is wrong with it
+        return None
+    return length_limit(config)

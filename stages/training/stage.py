@@ -20,6 +20,7 @@ from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 from stages.data.truncate import Truncation
 from stages.errors import StageError
+from stages.training.architecture import positions
 from stages.training.arguments import TrainConfig
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.consumption import check_consumption
@@ -106,6 +107,7 @@ class TrainStage(Stage):
 
     @property
     def max_length(self) -> int:
+        """What was asked for, or the default: the model may have fewer positions."""
         return self.train.given().get("max_length") or self.default_max_length
 
     def recipe(self, tokenizer: Any, seed: int) -> Recipe:
@@ -113,7 +115,8 @@ class TrainStage(Stage):
         return Recipe(
             self.task,
             tokenizer_spec(tokenizer),
-            max_length=self.max_length,
+            max_length=self.train.given().get("max_length")
+            or min(self.default_max_length, positions(tokenizer.name_or_path) or self.default_max_length),
             truncation=self.truncation,
             deduplicate=self.deduplicate,
             shuffle=self.shuffle,
