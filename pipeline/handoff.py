@@ -257,7 +257,7 @@ def said_problems(model: Any, probes: Path, promise: dict[str, Any]) -> tuple[li
                 ranks.append(min(int((logits[-1] > logits[-1, stop]).sum()) for stop in promise["stop_ids"]))
     tolerance = max(TOLERANCE.get(promise[kind], TOLERANCE["bfloat16"]) for kind in ("dtype", "trained_in"))
     allowed = tolerance * max(1.0, scale)
-    facts = {"logits_difference": worst, "logits_allowed": allowed, "probes": len(promise["probes"])}
+    facts: dict[str, Any] = {"logits_difference": worst, "logits_allowed": allowed, "probes": len(promise["probes"])}
     if ranks:
         facts["stop_ranks"] = ranks
     problems = []
