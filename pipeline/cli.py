@@ -52,30 +52,17 @@ def run(spec: SpecPath, set: Overrides = None) -> None:
 
 @app.command()
 def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
-    """What would run: order, cached or not, rows, steps, memory and resources. Starts nothing."""
-    from rich.table import Table
-
-    from pipeline.plan import describe, make_plan
+    """What would run: order, cached or not, rows, steps, memory, disk and resources, and what makes it fit. Starts nothing."""
+    from pipeline.estimate import describe
+    from pipeline.plan import make_plan
     from pipeline.spec_reader import load_spec
+    from pipeline.tables import render_plan
 
     rows = describe(make_plan(load_spec(spec, set or [])), _cluster_resources())
     if as_json:
         print(json.dumps({"stages": rows}, indent=1))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "kind", "state", "rows", "tokens", "steps", "workers", "MiB/worker", "fits"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("stage", "kind", "state") else "right")
-    for row in rows:
-        numbers = ["" if row[k] is None else f"{row[k]:,}" for k in ("rows", "tokens", "steps", "workers")]
-        memory = row["memory_per_worker_bytes"]
-        shown = "" if memory is None else f"{memory / 2**20:,.1f}"
-        table.add_row(row["name"], row["kind"], row["state"], *numbers, shown, "yes" if row["fits"] else "NO")
-    console.print(table)
-    for row in rows:
-        source = f" from {', '.join(row['inputs'])}" if row["inputs"] else ""
-        console.print(f"{row['name']}{source}: {row['why']}", style="dim", highlight=False, soft_wrap=True)
-    note = "rows of a stage that has not run are those of its files; memory is without activations"
-    console.print(note, style="dim", soft_wrap=True)
+    else:
+        console.print(render_plan(rows), soft_wrap=True, width=max(console.width, 112))
 
 
 def _cluster_resources() -> dict[str, float] | None:

@@ -1,4 +1,7 @@
-"""The plan: order, fingerprints, what is there already, rows, steps and resources. Pure: neither Ray nor a GPU is needed."""
+"""The plan: order, fingerprints, what is there already and resources. Pure: neither Ray nor a GPU is needed.
+
+Its numbers (rows, steps, memory, disk) are in estimate.py.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,14 @@ from stages import Stage
 from stages.base import Resources
 from stages.data.encode import DATA_VERSION
 from stages.data.prepare import sources_key
-from stages.data.source import DataSource, count_rows
 from stages.training.deepspeed import deepspeed_config
-from stages.training.feed import Shares
 from stages.training.stage import TrainStage
 
 State = Literal["cached", "resume", "run"]
 # Config that cannot change what a stage makes.
 NOT_IN_FINGERPRINT = {
     "data", "model", "models", "deepspeed", "gates", "logging_steps", "save_steps", "save_total_limit", "report_to",
-    "max_dropped",
+    "max_dropped", "workers",
 }  # fmt: skip
 
 
@@ -60,11 +61,11 @@ def make_plan(spec: Spec) -> Plan:
         inputs, needs = spec.references(name), spec.upstream(name)
         before = {p.name: p for p in stages}
         resources = resources_for(stage, spec.cluster)
-        fingerprint = fingerprint_of(spec, stage, inputs, {n: before[n].fingerprint for n in needs}, resources)
+        fingerprint = fingerprint_of(spec, stage, inputs, {n: before[n].fingerprint for n in needs})
         changed = [n for n in needs if before[n].state != "cached"]
         state: State
         if folder.find(name, fingerprint):
-            state, why = "cached", "unchanged"
+            state, why = "cached", "unchanged" + made_with_others(folder, name, fingerprint, resources)
         elif folder.was_started(name, fingerprint):
             state, why = "resume", "interrupted; goes on from its last checkpoint"
         else:
@@ -95,10 +96,21 @@ def order(spec: Spec) -> list[str]:
     return done
 
 
-def fingerprint_of(
-    spec: Spec, stage: Stage, inputs: dict[str, list[str]], upstream: dict[str, str], resources: Resources
-) -> str:
-    """Hash of all that decides the artifact: config, data, inputs, seed, template, workers, and the stage's version."""
+def made_with_others(folder: RunFolder, name: str, fingerprint: str, resources: Resources) -> str:
+    """A note where an artifact was made with another number of workers: with other steps, that is, of the same data."""
+    published = folder.find(name, fingerprint)
+    manifest = read_json(published / "manifest.json") if published else {}
+    workers = manifest.get("workers", resources.workers)
+    if workers == resources.workers:
+        return ""
+    return f"; made with {workers} workers" if workers > 1 else "; made with 1 worker"
+
+
+def fingerprint_of(spec: Spec, stage: Stage, inputs: dict[str, list[str]], upstream: dict[str, str]) -> str:
+    """Hash of all that decides the artifact: config, data, inputs, seed, template, and the stage's version.
+
+    Workers say how it is made, not what: an interrupted training is found again, and goes on, with another number of them.
+    """
     config = _strip(stage.model_dump(mode="json", exclude_unset=True))
     key = {
         "kind": stage.kind,
@@ -112,7 +124,6 @@ def fingerprint_of(
         },
         "seed": spec.seed,
         "chat_template": spec.template,
-        "workers": resources.workers,
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -160,14 +171,6 @@ def resources_for(stage: Stage, cluster: Cluster, gpus: Callable[[], int] = mach
     )
 
 
-# ------------------------------------------------------------------------------------------------ `raylign plan`
-
-
-def describe(plan: Plan, available: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """`plan --json`: what is known of each stage; numbers that cannot be known before its inputs are made are null."""
-    return [_describe(plan, planned, available or machine_resources()) for planned in plan.stages]
-
-
 def machine_resources() -> dict[str, float]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus()), "memory": float(memory)}
@@ -179,115 +182,7 @@ def lacking(resources: Resources, available: dict[str, float]) -> list[str]:
     return [f"needs {n} {k}, there are {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)]
 
 
-def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> dict[str, Any]:
-    stage, resources = planned.stage, planned.resources
-    published = plan.folder.find(planned.name, planned.fingerprint)
-    manifest = read_json(published / "manifest.json") if published else None
-    rows = manifest["rows"] if manifest else None
-    tokens, steps = (manifest["tokens"], manifest["steps"]) if manifest else (None, None)
-    why = planned.why
-    if manifest is None and stage.sources() and stage.kind != "init":
-        rows = expected_rows(stage.sources())
-        if isinstance(stage, TrainStage) and rows is not None:
-            steps = planned_steps(stage, rows, resources.workers)
-    memory = training_memory(plan, planned) if isinstance(stage, TrainStage) else None
-    lacks = lacking(resources, available)
-    total = (memory or 0) * resources.workers
-    if not resources.gpus_per_worker and total > available.get("memory", total):
-        lacks.append(f"needs {total / 2**30:.1f} GiB of memory, there are {available['memory'] / 2**30:.1f}")
-    return {
-        "name": planned.name,
-        "kind": stage.kind,
-        "inputs": [ref for refs in planned.inputs.values() for ref in refs],
-        "fingerprint": planned.fingerprint,
-        "state": planned.state,
-        "rows": rows,
-        "tokens": tokens,
-        "steps": steps,
-        "workers": resources.workers,
-        "memory_per_worker_bytes": memory,
-        "fits": not lacks,
-        "why": "; ".join([*lacks, why]),
-    }
-
-
-def expected_rows(sources: list[DataSource]) -> int | None:
-    """Rows to train on, by what the files have, weights and splits; None where that takes a download.
-
-    What filters, duplicates and the ledger take away is known only once the data is prepared.
-    """
-    counts = [(count_rows(source), source) for source in sources]
-    known = [count * (1 - (source.eval or 0)) * source.weight for count, source in counts if count is not None]
-    return round(sum(known)) if len(known) == len(counts) else None
-
-
-def planned_steps(stage: TrainStage, rows: int, workers: int) -> int | None:
-    """Optimiser steps over `rows` rows, with the trainer's defaults where nothing is said; None before they are packed."""
-    given = stage.train.given()
-    shares = Shares(workers, given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1))
-    if given.get("max_steps", -1) > 0:
-        return int(given["max_steps"])
-    if given.get("packing"):
-        return None
-    default_epochs = 1.0 if stage.kind in ("reward", "dpo") else 3.0
-    return -int(-given.get("num_train_epochs", default_epochs) * shares.steps(rows) // 1)
-
-
-def training_memory(plan: Plan, planned: PlannedStage) -> int | None:
-    """Bytes of weights, gradients and AdamW's two moments in float32 on one worker; activations are not counted.
-
-    ZeRO (Rajbhandari et al. 2020, section 5) divides by the workers: stage 1 the moments, 2 the gradients too, 3 the
-    weights too. None where the model is not there yet.
-    """
-    weights = parameters(plan, planned.inputs["model"][0])
-    if weights is None:
-        return None
-    stage, workers = planned.stage, planned.resources.workers
-    assert isinstance(stage, TrainStage)
-    lora = stage.lora()
-    trained = weights if lora is None else 0  # an adapter is small beside its model
-    zero = int(stage.deepspeed[-1]) if stage.deepspeed and stage.deepspeed.startswith("zero") else 0
-    reference = weights if stage.kind == "dpo" and lora is None else 0
-    return (
-        4 * (weights + reference) // (workers if zero == 3 else 1)
-        + 4 * trained // (workers if zero >= 2 else 1)
-        + 8 * trained // (workers if zero >= 1 else 1)
-    )
-
-
-def parameters(plan: Plan, model: str) -> int | None:
-    """Parameters of a model, from the headers of its safetensors, or from its config where it is made by the run."""
-    if model.startswith("stages."):
-        made = plan[model.removeprefix("stages.")]
-        if published := plan.folder.find(made.name, made.fingerprint):
-            return _count_safetensors(published / "model")
-        if made.stage.kind == "init":
-            return _count_from_config(made.stage)
-        return parameters(plan, made.inputs["model"][0])
-    return _count_safetensors(Path(model)) if Path(model).is_dir() else None
-
-
-def _count_safetensors(folder: Path) -> int:
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as data:
-            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for n in tensor["shape"]:
-                    size *= n
-                total += size
-    return total
-
-
-def _count_from_config(stage: Any) -> int:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**({"model_type": "llama", "vocab_size": stage.tokenizer.vocab_size} | stage.config))
-    with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config).num_parameters())
+# ------------------------------------------------------------------------------------------------ the record
 
 
 def lineage(plan: Plan, planned: PlannedStage) -> dict[str, list[dict[str, Any]]]:

@@ -25,6 +25,9 @@ class Cluster(Config):
     )
     gpus_per_worker: int | None = Field(default=None, ge=0, description="1 where there are GPUs.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="CPUs each worker gets, 1 by default.")
+    gpu_memory_gib: float | None = Field(
+        default=None, gt=0, description="Memory of a GPU, for `raylign plan`; by default that of this machine's."
+    )
 
 
 class ModelInit(Config):

@@ -1,4 +1,4 @@
-"""The tables at the end of a run: its stages, and the models an evaluation compared."""
+"""The tables of a run: what is planned, and at its end its stages and the models an evaluation compared."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.text import Text
 from pipeline.artifacts import RunFolder
 from pipeline.progress import brief, number
 from stages.data.encode import WARNINGS
+from stages.training.memory import PARTS
 
 COLUMNS = {
     "loss": "held-out loss",
@@ -106,3 +107,37 @@ def render_run(folder: RunFolder) -> Group:
         for gate in folder.state()["stages"][name].get("gates", []):
             parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))
     return Group(*parts)
+
+
+# ------------------------------------------------------------------------------------------------ `raylign plan`
+
+
+def size(count: float | None) -> str:
+    """Bytes, as 0.4 MiB, 12 MiB, 1.5 GiB, 112 GiB."""
+    if count is None:
+        return ""
+    value, unit = (count / 2**30, "GiB") if count >= 2**30 else (count / 2**20, "MiB")
+    return f"{value:,.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+
+
+def render_plan(rows: list[dict[str, Any]]) -> Group:
+    """The stages of `raylign plan`, what their memory is made of, and for those that do not fit what makes them."""
+    stages = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = ("rows", "tokens", "steps", "epochs", "workers")
+    for column in ("stage", "kind", "state", *numbers, "memory/worker", "disk", "fits"):
+        stages.add_column(column, no_wrap=True, justify="left" if column in ("stage", "kind", "state") else "right")
+    for row in rows:
+        cells = ["" if row[k] is None else f"{row[k]:,}" for k in numbers]
+        sizes = [size(row["memory_per_worker_bytes"]), size(row["disk_bytes"])]
+        fits = Text("yes") if row["fits"] else Text("NO", style="bold red")
+        stages.add_row(row["name"], row["kind"], row["state"], *cells, *sizes, fits)
+    parts: list[Any] = [stages]
+    for row in rows:
+        source = f" from {', '.join(row['inputs'])}" if row["inputs"] else ""
+        parts.append(Text(f"{row['name']}{source}: {row['why']}", style="dim" if row["fits"] else "red"))
+        if row["memory"]:
+            said = [f"{name} {size(value)}" for name, value in row["memory"].items() if name in PARTS and value]
+            parts.append(Text(f"  memory ({row['memory']['moment']}): {', '.join(said)}", style="dim"))
+        parts += [Text(f"  {'or' if i else 'fits with'} {a['text']}") for i, a in enumerate(row["advice"])]
+    note = "rows of a stage that has not run are those of its files; memory is that of full micro-batches of the longest row"
+    return Group(*parts, Text(note, style="dim"))

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from pipeline import Pipeline
-from pipeline.plan import describe, expected_rows, make_plan, planned_steps, resources_for
+from pipeline.estimate import describe, expected_rows, planned_steps
+from pipeline.plan import make_plan, resources_for
 from pipeline.spec import Cluster, Spec
 from stages import SFT, Evaluate
+from stages.data.prepare import prepare
 from stages.data.source import DataSource
+from stages.data.tokenizer import load_tokenizer
 
 
 def pipeline(data: Path, model: str, storage: Path, **changes: Any) -> Pipeline:
@@ -51,7 +54,7 @@ def test_order_is_that_of_the_needs(data: Path, model: str, tmp_path: Path) -> N
         ({"stages": {"sft": {"mask": {"train_on": "last_assistant"}}}}, {"sft", "dpo", "eval"}),
         ({"stages": {"dpo": {"train": {"beta": 0.3}}}}, {"dpo", "eval"}),
         ({"stages": {"eval": {"max_new_tokens": 3}}}, {"eval"}),
-        ({"stages": {"dpo": {"workers": 2}}}, {"dpo", "eval"}),
+        ({"stages": {"dpo": {"workers": 2}}}, set()),
         ({"seed": 1}, {"sft", "dpo", "eval"}),
     ],
 )
@@ -77,16 +80,24 @@ def test_the_contents_of_the_data_count_and_not_their_place(data: Path, model: s
 def test_plan_json_has_the_contracts_fields(data: Path, model: str, tmp_path: Path) -> None:
     rows = describe(pipeline(data, model, tmp_path).plan(), {"CPU": 2.0, "GPU": 0.0})
     assert {tuple(row) for row in rows} == {
-        ("name", "kind", "inputs", "fingerprint", "state", "rows", "tokens", "steps", "workers", "memory_per_worker_bytes", "fits", "why")
+        ("name", "kind", "inputs", "fingerprint", "state", "rows", "tokens", "steps", "epochs", "workers",
+         "memory_per_worker_bytes", "memory", "disk_bytes", "fits", "why", "advice")
     }  # fmt: skip
     by_name = {row["name"]: row for row in rows}
     assert (by_name["sft"]["rows"], by_name["sft"]["steps"]) == (101, 4)
-    assert (by_name["dpo"]["rows"], by_name["dpo"]["steps"]) == (37, 5)  # one epoch of 37 rows by 8
+    assert (by_name["dpo"]["rows"], by_name["dpo"]["steps"]) == (37, 15)  # three epochs of 37 rows by 8
     assert by_name["dpo"]["inputs"] == ["stages.sft"] and by_name["eval"]["inputs"] == ["stages.dpo", "stages.sft"]
     assert all(row["fits"] for row in rows)
-    # weights, gradients and two moments in float32; DPO's reference comes on top
-    assert by_name["sft"]["memory_per_worker_bytes"] % 16 == 0
-    assert by_name["dpo"]["memory_per_worker_bytes"] == by_name["sft"]["memory_per_worker_bytes"] * 20 // 16
+    assert (by_name["sft"]["epochs"], by_name["dpo"]["epochs"]) == (0.31, 3.0)
+    sft, dpo = by_name["sft"], by_name["dpo"]
+    for row in (sft, dpo):
+        parts = {k: v for k, v in row["memory"].items() if k not in ("moment", "host")}
+        assert sum(parts.values()) == row["memory_per_worker_bytes"]
+    assert sft["memory"]["optimizer"] == pytest.approx(2 * dpo["memory"]["reference"], rel=1e-3)
+    assert sft["memory"]["reference"] == 0
+    # a checkpoint (weights and two moments), the model, and the data as large as its file
+    weights = dpo["memory"]["reference"]
+    assert sft["disk_bytes"] == pytest.approx(4 * weights + (data / "chats.jsonl").stat().st_size, rel=0.01)
 
 
 def test_a_deepspeed_file_counts_by_its_contents(data: Path, model: str, tmp_path: Path) -> None:
@@ -99,9 +110,56 @@ def test_a_deepspeed_file_counts_by_its_contents(data: Path, model: str, tmp_pat
     assert len(seen) == 2
 
 
-def test_plan_says_when_memory_is_lacking(data: Path, model: str, tmp_path: Path) -> None:
-    rows = describe(pipeline(data, model, tmp_path).plan(), {"CPU": 2.0, "GPU": 0.0, "memory": 1000.0})
-    assert not rows[0]["fits"] and "GiB of memory" in rows[0]["why"]
+def test_plan_says_when_memory_is_lacking_and_what_helps(data: Path, model: str, tmp_path: Path) -> None:
+    long = {"train": {"max_steps": 4, "max_length": 256, "per_device_train_batch_size": 64}}
+    plan = pipeline(data, model, tmp_path, stages={"sft": long}).plan()
+    enough = describe(plan, {"CPU": 2.0, "GPU": 0.0, "memory": 64.0 * 2**30})[0]
+    assert enough["fits"] and enough["advice"] == []
+    room = float(enough["memory_per_worker_bytes"] * 0.9)
+    short = describe(plan, {"CPU": 2.0, "GPU": 0.0, "memory": room})[0]
+    assert not short["fits"] and "GiB of memory" in short["why"]
+    assert short["advice"][0]["change"]["train"]["gradient_checkpointing"] is True
+    assert all(a["memory_per_worker_bytes"] <= room and "GiB" in a["text"] for a in short["advice"])
+    helped = pipeline(
+        data, model, tmp_path, stages={"sft": {"train": long["train"] | short["advice"][0]["change"]["train"]}}
+    )
+    assert describe(helped.plan(), {"CPU": 2.0, "GPU": 0.0, "memory": room})[0]["fits"]
+
+
+def test_a_gpu_is_as_large_as_the_cluster_section_says(data: Path, model: str, tmp_path: Path) -> None:
+    rows = []
+    for size in (80.0, 0.5):
+        cluster = {"workers": 2, "gpus_per_worker": 1, "gpu_memory_gib": size}
+        plan = pipeline(data, model, tmp_path, cluster=cluster).plan()
+        rows.append(describe(plan, {"CPU": 8.0, "GPU": 8.0})[0])
+    assert [row["fits"] for row in rows] == [True, False]
+    assert rows[1]["why"].startswith("needs ") and "a GPU has 0.5" in rows[1]["why"]
+
+
+def test_a_model_that_is_not_at_hand_is_planned_without_its_memory(data: Path, tmp_path: Path) -> None:
+    plan = pipeline(data, "nobody/nothing-of-that-name", tmp_path).plan()
+    sft = describe(plan, {"CPU": 2.0, "GPU": 0.0})[0]
+    assert sft["memory_per_worker_bytes"] is None and sft["memory"] is None and sft["fits"] and sft["steps"] == 4
+    assert "memory is not known: config.json of nobody/nothing-of-that-name" in sft["why"]
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_prepared_data_is_known_before_the_run(data: Path, model: str, tmp_path: Path) -> None:
+    base = {"train": {"num_train_epochs": 2, "max_length": 200}}
+    loose, packs = (
+        pipeline(
+            data, model, tmp_path, stages={"sft": {"train": base["train"] | {"max_steps": -1, "packing": p}}}
+        ).plan()
+        for p in (False, True)
+    )
+    before = describe(loose)[0]
+    assert before["tokens"] is None and describe(packs)[0]["steps"] is None
+    stage = loose["sft"].stage
+    made = prepare(stage.data, stage.recipe(load_tokenizer(model), 0), loose.folder.prepared)
+    after, packed = describe(loose)[0], describe(packs)[0]
+    assert (after["rows"], after["tokens"], after["steps"], after["epochs"]) == (101, made.tokens, 2 * 13, 2.0)
+    assert after["memory_per_worker_bytes"] < before["memory_per_worker_bytes"]  # rows are shorter than they may be
+    assert packed["rows"] == -(-made.tokens // 200) and packed["steps"] == 2 * -(-packed["rows"] // 8)
 
 
 def test_plan_says_what_is_lacking(data: Path, model: str, tmp_path: Path) -> None:
@@ -169,3 +227,14 @@ def test_steps_of_packs_are_not_known_before_they_are_made() -> None:
 def test_held_out_rows_of_an_evaluation_are_scored_once() -> None:
     with pytest.raises(ValueError, match=r"a.jsonl: held-out rows are scored once each; leave `weight` and `eval` out"):
         Evaluate(models=["m"], data=[{"path": "a.jsonl", "weight": 2.0}])
+
+
+def test_an_artifact_of_another_number_of_workers_is_found_and_says_so(data: Path, model: str, tmp_path: Path) -> None:
+    planned = pipeline(data, model, tmp_path).plan()
+    folder = planned.folder.stage("sft")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"fingerprint": planned["sft"].fingerprint, "workers": 4}))
+    again = pipeline(data, model, tmp_path).plan()["sft"]
+    assert (again.state, again.why) == ("cached", "unchanged; made with 4 workers")
+    same = pipeline(data, model, tmp_path, cluster={"workers": 4}).plan()["sft"]
+    assert (same.fingerprint, same.why) == (again.fingerprint, "unchanged")

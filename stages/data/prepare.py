@@ -109,16 +109,27 @@ def prepare(
     Raises:
         DataError: a file cannot be used.
     """
-    formats = resolve_formats(sources)
-    drawn = any(source.eval or source.weight % 1 for source in sources)
-    key = {"recipe": recipe.key(drawn), "sources": sources_key(sources), "formats": formats}
+    key = _key(sources, recipe)
     target = root / digest(json.dumps(key, sort_keys=True))
     if not (target / "manifest.json").is_file():
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".lock-{target.name}"):  # a stage beside this one may want the same
             if not (target / "manifest.json").is_file():
-                _Making(sources, formats, recipe, target, key, progress).run()
+                _Making(sources, key["formats"], recipe, target, key, progress).run()
     return Prepared(target, json.loads((target / "manifest.json").read_text()))
+
+
+def find_prepared(sources: Sequence[DataSource], recipe: Recipe, root: Path) -> Prepared | None:
+    """As `prepare`, but None where it is not there yet."""
+    target = root / digest(json.dumps(_key(sources, recipe), sort_keys=True))
+    file = target / "manifest.json"
+    return Prepared(target, json.loads(file.read_text())) if file.is_file() else None
+
+
+def _key(sources: Sequence[DataSource], recipe: Recipe) -> dict[str, Any]:
+    """All that decides the prepared data."""
+    drawn = any(source.eval or source.weight % 1 for source in sources)
+    return {"recipe": recipe.key(drawn), "sources": sources_key(sources), "formats": resolve_formats(sources)}
 
 
 # ------------------------------------------------------------------------------------------------ what a task does

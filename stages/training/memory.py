@@ -171,7 +171,7 @@ def _shared(m: Memory, zero: Zero, anatomy: Anatomy, each: int, shape: Shape, wo
     master = int(4 * trained * part)  # a float32 copy is made even of float32 weights
     state = int(m.optimizer * part) + master
     flat = master if stepping else 0  # gradients of the part in float32, for the optimizer
-    gradients = m.gradients if stage == 1 else int(each * part)
+    gradients = m.gradients if stage == 1 and not stepping else int(each * part)
     # The last bucket is still held when the optimizer steps. Seen with DeepSpeed 0.19.8, as all of this function.
     buffers = (1 if stepping else zero.buckets) * min(zero.bucket * size, each)
     weights, reference, host = m.weights, m.reference, 0
@@ -181,11 +181,9 @@ def _shared(m: Memory, zero: Zero, anatomy: Anatomy, each: int, shape: Shape, wo
         weights, reference = int(weights * part), int(reference * part)
         if zero.weights_offloaded:
             weights, host = 0, weights
-    if zero.optimizer_offloaded:
-        host += state + master  # and the gradients it needs
-        state, flat = 0, 0
-        if stepping or stage >= 2:
-            gradients = 0
+    if zero.optimizer_offloaded:  # with gradients in float32 and the changed weights, and a second bucket on their way
+        host += state + master + int(m.weights * part)
+        state, flat, gradients, buffers = 0, 0, 0 if stage >= 2 else gradients, 2 * buffers
     m = replace(
         m, weights=weights, reference=reference, optimizer=state, gradients=gradients + flat, buffers=buffers, host=host
     )

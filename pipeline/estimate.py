@@ -1,0 +1,368 @@
+"""`raylign plan` in numbers: rows, tokens, steps, epochs, memory and disk of each stage, and the advice that makes it fit.
+
+From files and configs alone: nothing is started, no weights are read, no GPU is asked to do anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.advice import GIB, Training, advise, precision
+from pipeline.artifacts import read_json
+from pipeline.plan import Plan, PlannedStage, lacking, machine_resources
+from pipeline.training_checks import HUB_TIMEOUT, model_config, with_defaults
+from stages import Init
+from stages.data.prepare import Prepared, find_prepared
+from stages.data.source import DataSource, count_rows
+from stages.data.tokenizer import load_tokenizer
+from stages.errors import DataError
+from stages.training.arguments import library_defaults
+from stages.training.deepspeed import deepspeed_config
+from stages.training.dry_run import Unpredictable, dry_run
+from stages.training.feed import Shares
+from stages.training.memory import Memory, optimizer_bytes
+from stages.training.stage import TrainStage
+from stages.training.tuning import adapter_options
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much a stage trains on; None where it is not known before its inputs are made."""
+
+    rows: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    longest: int | None = None  # tokens of the longest row
+    bytes: int | None = None  # of the prepared data
+
+
+def describe(plan: Plan, available: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """`plan --json`: what is known of each stage; numbers that cannot be known before its inputs are made are null.
+
+    Args:
+        available: CPUs, GPUs and bytes of memory of the cluster; this machine's if absent.
+    """
+    return [_describe(plan, planned, available or machine_resources()) for planned in plan.stages]
+
+
+def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> dict[str, Any]:
+    stage, resources = planned.stage, planned.resources
+    amount = amount_of(plan, planned)
+    memory: Memory | None = None
+    disk: int | None = None
+    why, advice = [planned.why], []
+    lacks = lacking(resources, available)
+    if isinstance(stage, TrainStage):
+        try:
+            training = training_of(plan, planned, amount)
+            memory, disk = training.memory(), disk_bytes(stage, training, amount)
+        except (Unpredictable, DataError) as error:
+            why.append(f"memory is not known: {error}")
+        else:
+            if memory.estimated:
+                why.append(f"activations are estimated ({memory.estimated})")
+            if (room := room_of(plan, planned, available)) is not None and memory.total > room:
+                lacks.append(_too_much(memory, room, resources.gpus_per_worker > 0, resources.workers))
+                if planned.state != "cached":
+                    advice = [
+                        {"change": a.change, "memory_per_worker_bytes": a.memory, "text": a.text}
+                        for a in advise(training, room)
+                    ]
+    return {
+        "name": planned.name,
+        "kind": stage.kind,
+        "inputs": [ref for refs in planned.inputs.values() for ref in refs],
+        "fingerprint": planned.fingerprint,
+        "state": planned.state,
+        "rows": amount.rows,
+        "tokens": amount.tokens,
+        "steps": amount.steps,
+        "epochs": amount.epochs,
+        "workers": resources.workers,
+        "memory_per_worker_bytes": memory.total if memory else None,
+        "memory": memory.parts() | {"moment": memory.moment, "host": memory.host} if memory else None,
+        "disk_bytes": disk,
+        "fits": not lacks,
+        "why": "; ".join([*lacks, *why]),
+        "advice": advice,
+    }  # fmt: skip
+
+
+def _too_much(memory: Memory, room: int, gpu: bool, workers: int) -> str:
+    each = " for each worker" if workers > 1 else ""
+    there = f"a GPU has {room / GIB:.1f}" if gpu else f"there are {room / GIB:.1f}"
+    return f"needs {memory.total / GIB:.1f} GiB of memory{each}, {there}"
+
+
+# ------------------------------------------------------------------------------------------------ how much
+
+
+def amount_of(plan: Plan, planned: PlannedStage) -> Amount:
+    """Rows, tokens and steps: of what is published; else of the data, if it is prepared; else by its files."""
+    stage = planned.stage
+    if published := plan.folder.find(planned.name, planned.fingerprint):
+        made = read_json(published / "manifest.json")
+        longest = None
+        if isinstance(stage, TrainStage) and (path := (made.get("details") or {}).get("prepared")):
+            data = read_json(Path(path) / "manifest.json")
+            longest = longest_sequence(Prepared(Path(path), data)) if data else None
+        epochs = _epochs(stage, made["rows"], made["steps"], planned.resources.workers)
+        return Amount(made["rows"], made["tokens"], made["steps"], epochs, longest)
+    if not stage.sources() or stage.kind == "init":
+        return Amount()
+    workers = planned.resources.workers
+    if isinstance(stage, TrainStage) and (found := prepared_amount(plan, planned, stage)) is not None:
+        rows, tokens, longest, size = found
+        steps = planned_steps(stage, rows, workers, packed=True)
+        return Amount(rows, tokens, steps, _epochs(stage, rows, steps, workers), longest, size)
+    expected = expected_rows(stage.sources())
+    if not isinstance(stage, TrainStage) or expected is None:
+        return Amount(expected)
+    steps = planned_steps(stage, expected, workers)
+    return Amount(expected, None, steps, _epochs(stage, expected, steps, workers))
+
+
+def prepared_amount(plan: Plan, planned: PlannedStage, stage: TrainStage) -> tuple[int, int, int | None, int] | None:
+    """(rows, tokens, tokens of the longest row, bytes) of the data if it is prepared already; None if it is not.
+
+    Packs that are not made yet are about as many as their tokens fill: best fit leaves next to nothing empty.
+    """
+    model = _tokenizer_of(plan, planned)
+    if model is None:
+        return None
+    recipe = stage.recipe(load_tokenizer(model, plan.spec.template), plan.spec.seed)
+    if (found := find_prepared(stage.data, recipe, plan.folder.prepared)) is not None:
+        longest = stage.max_length if recipe.packing else longest_sequence(found)
+        return found.rows, found.tokens, longest, _folder_bytes(found.path)
+    if not recipe.packing:
+        return None
+    loose = find_prepared(stage.data, replace(recipe, packing=False), plan.folder.prepared)
+    if loose is None:
+        return None
+    rows = math.ceil(loose.tokens / stage.max_length)
+    return rows, loose.tokens, stage.max_length, _folder_bytes(loose.path)
+
+
+def longest_sequence(data: Prepared) -> int | None:
+    """Tokens of the longest row; of pairs, of the prompt with its longer answer."""
+    sides = ("chosen_ids", "rejected_ids")
+    longest = 0
+    for shard in data.manifest["shards"]:
+        names = pq.read_schema(data.path / shard["file"]).names
+        if "input_ids" in names:
+            return int(data.manifest["longest"])
+        if not {"prompt_ids", *sides} <= set(names):
+            return None
+        table = pq.read_table(data.path / shard["file"], columns=["prompt_ids", *sides])
+        prompt, *answers = (pc.list_value_length(table[name]) for name in ("prompt_ids", *sides))
+        longest = max(longest, pc.max(pc.add(prompt, pc.max_element_wise(*answers))).as_py() or 0)
+    return longest or None
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _tokenizer_of(plan: Plan, planned: PlannedStage) -> str | None:
+    """A folder with the tokenizer that the stage will have; None where it is not made or not downloaded yet.
+
+    A trained model has the tokenizer of its base: prepared data is found again by what the tokenizer is, so another one
+    finds nothing.
+    """
+    ref = planned.inputs["model"][0]
+    while ref.startswith("stages."):
+        made = plan[ref.removeprefix("stages.")]
+        if published := plan.folder.find(made.name, made.fingerprint):
+            return str(published / "model")
+        if "model" not in made.inputs:
+            return None
+        ref = made.inputs["model"][0]
+    return ref if Path(ref).is_dir() else None
+
+
+def expected_rows(sources: list[DataSource]) -> int | None:
+    """Rows to train on, by what the files have, weights and splits; None where that takes a download.
+
+    What filters, duplicates and the ledger take away is known only once the data is prepared.
+    """
+    counts = [(count_rows(source), source) for source in sources]
+    known = [count * (1 - (source.eval or 0)) * source.weight for count, source in counts if count is not None]
+    return round(sum(known)) if len(known) == len(counts) else None
+
+
+def shares_of(stage: TrainStage, workers: int) -> Shares:
+    given = stage.train.given()
+    return Shares(workers, given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1))
+
+
+def planned_steps(stage: TrainStage, rows: int, workers: int, packed: bool = False) -> int | None:
+    """Optimiser steps over `rows` rows; None for rows that are to be packed yet (not `packed`)."""
+    given = stage.train.given()
+    if given.get("max_steps", -1) > 0:
+        return int(given["max_steps"])
+    if given.get("packing") and not packed:
+        return None
+    epochs = given.get("num_train_epochs", library_defaults(stage.train.library).get("num_train_epochs", 3.0))
+    return math.ceil(epochs * shares_of(stage, workers).steps(rows))
+
+
+def _epochs(stage: Any, rows: int | None, steps: int | None, workers: int) -> float | None:
+    """How often each row is seen."""
+    if not isinstance(stage, TrainStage) or not rows or steps is None:
+        return None
+    return round(steps / shares_of(stage, workers).steps(rows), 2)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def training_of(plan: Plan, planned: PlannedStage, amount: Amount) -> Training:
+    """What decides the stage's memory.
+
+    Raises:
+        DataError: the config of its model is not to be had.
+    """
+    stage, resources = planned.stage, planned.resources
+    assert isinstance(stage, TrainStage)
+    gpu = resources.gpus_per_worker > 0
+    config = config_of(plan, planned)
+    train = with_defaults(stage, gpu)
+    checkpointing = stage.train.given().get("gradient_checkpointing", gpu and train["gradient_checkpointing"])
+    deepspeed = deepspeed_config(stage.deepspeed, gpu=gpu)
+    quantisation = stage.tuning.quantization() if stage.lora() is not None else None
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    length = min(n for n in (amount.longest or stage.max_length, stage.max_length, positions) if n)
+    return Training(
+        config=json.dumps(config, sort_keys=True),
+        kind=stage.kind,
+        batch=train["per_device_train_batch_size"],
+        length=length,
+        accumulation=train["gradient_accumulation_steps"],
+        workers=resources.workers,
+        gpu=gpu,
+        checkpointing=bool(checkpointing),
+        attention="eager" if stage.attention == "eager" else "sdpa" if stage.attention == "auto" else stage.attention,
+        lora=_adapter(stage, config),
+        four_bits=quantisation is not None,
+        double_quant=(quantisation or {}).get("bnb_4bit_use_double_quant", True),
+        optim=str(train["optim"]),
+        deepspeed=json.dumps(deepspeed) if deepspeed else None,
+        **precision(stage.train.given(), gpu),
+    )
+
+
+def _adapter(stage: TrainStage, config: dict[str, Any]) -> str | None:
+    """peft's options with the targets this model has, as JSON; None for full training."""
+    options = stage.lora()
+    if options is None:
+        return None
+    from stages.training.architecture import read_architecture
+
+    try:
+        architecture = read_architecture(config, reward=stage.kind == "reward")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"transformers cannot make a model of the config: {error}") from error
+    return json.dumps(adapter_options(stage.tuning, options, architecture), sort_keys=True)
+
+
+def config_of(plan: Plan, planned: PlannedStage) -> dict[str, Any]:
+    """config.json of the stage's model: of a folder, the hub's, or that of the stage that makes it.
+
+    Raises:
+        DataError: it is neither here, nor in the cache, nor given by the hub.
+    """
+    config = model_config(plan.spec, planned.name)
+    if config is None:
+        ref = planned.inputs["model"][0]
+        while ref.startswith("stages."):
+            ref = plan[ref.removeprefix("stages.")].inputs["model"][0]
+        config = _from_hub(ref)
+    made = next((s for s in plan.spec.stages.values() if isinstance(s, Init)), None)
+    if made is not None and "vocab_size" not in config:
+        config = config | {"vocab_size": made.tokenizer.vocab_size}
+    return config
+
+
+@lru_cache
+def _from_hub(model: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT)
+        return json.loads(Path(file).read_text())
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"config.json of {model} is neither in the cache nor given by the hub ({what[:120]})"
+        ) from error
+
+
+def room_of(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> int | None:
+    """Bytes a worker may use: a GPU's, or its part of the machine's; None where that is not known."""
+    if planned.resources.gpus_per_worker:
+        told = plan.spec.cluster.gpu_memory_gib
+        return int(told * GIB) if told is not None else gpu_memory()
+    memory = available.get("memory")
+    return int(memory / planned.resources.workers) if memory is not None else None
+
+
+@lru_cache
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of this machine, by its driver; None where there is none."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+        return min(int(line) for line in asked.stdout.split()) << 20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ disk
+
+
+def disk_bytes(stage: TrainStage, training: Training, amount: Amount) -> int | None:
+    """What a stage writes at most: checkpoints (one more than are kept, while one is written), the model, prepared data.
+
+    Prepared data that is not made yet is taken to be as large as the files it is made of. None where these are far away.
+    """
+    prepared = amount.bytes if amount.bytes is not None else _source_bytes(stage.sources())
+    if prepared is None:
+        return None
+    anatomy = dry_run(training.shape()).anatomy
+    given = stage.train.given()
+    whole = (2 if training.shape().half else 4) * anatomy.parameters
+    state = optimizer_bytes(training.optim, anatomy)
+    trained = 4 * anatomy.trainable
+    checkpoint = state + (trained if training.lora is not None else whole)
+    if training.deepspeed is not None:  # DeepSpeed keeps its own copy of the weights, and the float32 ones
+        checkpoint += trained + (0 if training.lora is not None else whole)
+    keep = given.get("save_total_limit") or 2
+    every = given.get("save_steps") or 500
+    made = 0 if given.get("save_strategy") == "no" else keep + 1
+    if made and amount.steps is not None and every >= 1:
+        made = min(made, max(1, math.ceil(amount.steps / every)))
+    adapter = trained if training.lora is not None else 0
+    return made * checkpoint + whole + adapter + prepared
+
+
+def _source_bytes(sources: list[DataSource]) -> int | None:
+    from stages.data import files
+    from stages.data.source import find_files
+
+    found = [file for source in sources for file in find_files(source)]
+    if any(file.kind == "hf" or files.is_remote(file) for file in found):
+        return None
+    return sum(Path(file.path).stat().st_size for file in found)

@@ -1,0 +1,172 @@
+"""Memory of a worker: known models by their configs, ZeRO's arithmetic by hand, and a dry run against itself. Nothing is allocated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.advice import GIB, Training, advise
+from stages.training import dry_run as dry
+from stages.training.deepspeed import deepspeed_config
+from stages.training.dry_run import Shape, Unpredictable, dry_run
+from stages.training.memory import optimizer_bytes, predict, weight_bytes
+
+LLAMA2_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3_8B = LLAMA2_7B | {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+QWEN25_05B = {
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+MIXTRAL = LLAMA2_7B | {
+    "model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8,
+}  # fmt: skip
+SMALL = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+LORA = json.dumps({"r": 8, "target_modules": ["q_proj", "v_proj"]})
+
+
+def shape(config: dict[str, Any] = SMALL, **more: Any) -> Shape:
+    return Shape(json.dumps(config), more.pop("head", "trained"), more.pop("rows", 2), more.pop("length", 32), **more)
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (LLAMA2_7B, 6738.4),
+        (LLAMA3_8B, 8030.3),
+        (QWEN25_05B, 494.0),  # its embedding is its head: once
+        (MIXTRAL, 46702.8),
+        ({"model_type": "gpt2"}, 124.4),
+    ],
+    ids=["Llama-2-7B", "Llama-3-8B", "Qwen2.5-0.5B", "Mixtral-8x7B", "GPT-2"],
+)
+def test_parameters_of_known_models(config: dict[str, Any], millions: float) -> None:
+    run = dry_run(shape(config, rows=1, length=16))
+    assert run.anatomy.parameters == pytest.approx(millions * 1e6, abs=1e5)
+    assert run.estimated == "" and run.series[-1, dry.GRADIENTS] == 4 * run.anatomy.parameters
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "moment", "bytes_each"),
+    [
+        # Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12 bytes; figure 1: what stage 1 leaves is 4 + 12/N, 2: 2 + 14/N,
+        # 3: 16/N. When the optimizer steps its gradients in float32, 4/N, are there besides.
+        (1, 64, "backward", 4 + 12 / 64),
+        (2, 64, "optimizer step", 2 + (14 + 4) / 64),
+        (3, 64, "optimizer step", (16 + 4) / 64),
+        (3, 1, "optimizer step", 16 + 4),
+    ],
+)
+def test_zero_shares_sixteen_bytes_a_parameter(stage: int, workers: int, moment: str, bytes_each: float) -> None:
+    config = deepspeed_config(f"zero{stage}", gpu=False)
+    found = predict(shape(LLAMA2_7B, rows=1, length=16, half=True, gpu=True), workers=workers, deepspeed=config)
+    assert found.moment == moment
+    assert found.weights + found.gradients + found.optimizer == pytest.approx(6738.4e6 * bytes_each, rel=2e-3)
+
+
+def test_full_training_in_float32_is_sixteen_bytes_a_parameter_and_ddp_adds_a_copy_of_the_gradients() -> None:
+    one, two = (predict(shape(LLAMA2_7B, rows=1, length=16), workers=n) for n in (1, 2))
+    assert one.weights + one.gradients + one.optimizer == pytest.approx(16 * 6738.4e6, rel=1e-3)
+    assert one.activations + one.logits < 0.1 * GIB and one.buffers == 0
+    assert two.total - one.total == one.gradients
+
+
+def test_an_adapter_trains_little_and_four_bits_hold_linear_layers_alone() -> None:
+    found = predict(shape(LLAMA2_7B, rows=1, length=16, half=True, lora=LORA), four_bits=True)
+    anatomy = dry_run(shape(LLAMA2_7B, rows=1, length=16, half=True, lora=LORA)).anatomy
+    assert anatomy.trainable == 32 * 2 * 8 * (4096 + 4096)
+    assert anatomy.parameters == 6738415616
+    assert anatomy.quantised == 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    rest = 2 * 2 * 32000 * 4096  # embedding and head stay in 16 bits
+    assert found.weights == pytest.approx(anatomy.quantised * 0.5159 + rest + 4 * anatomy.trainable, rel=1e-3)
+    assert found.optimizer == 8 * anatomy.trainable
+    assert weight_bytes(anatomy, half=True, four_bits=True, double_quant=False) > found.weights
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [
+        ("adamw_torch", 8),
+        ("adamw_bnb_8bit", 2),
+        ("paged_adamw_8bit", 2),
+        ("sgd", 0),
+        ("lion_32bit", 4),
+        ("my.module:Own", 8),
+    ],
+)
+def test_optimizers_by_name(name: str, each: float) -> None:
+    anatomy = dry_run(shape()).anatomy
+    assert optimizer_bytes(name, anatomy) == each * anatomy.trainable
+
+
+def test_adafactor_holds_rows_and_columns() -> None:
+    layer = 4 * (64 + 64) + 3 * (64 + 128) + 2 * 64  # attention, mlp, norms
+    assert optimizer_bytes("adafactor", dry_run(shape()).anatomy) == 4 * (6 * layer + 2 * (512 + 64) + 64)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"checkpointing": True},
+        {"autocast": True, "head": "fused", "reference": True},
+        {"lora": LORA, "checkpointing": True},
+    ],
+    ids=["plain", "checkpointing", "autocast with a reference", "lora"],
+)
+def test_repeating_the_middle_layer_gives_what_all_layers_give(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry_run.cache_clear()
+    short = dry_run(shape(**more))
+    dry_run.cache_clear()
+    monkeypatch.setattr(dry, "_alike", lambda layers: False)
+    whole = dry_run(shape(**more))
+    dry_run.cache_clear()
+    assert short.estimated == whole.estimated == ""
+    assert short.peak() == whole.peak() and short.peak(True) == whole.peak(True)
+    assert (short.series[-1] == whole.series[-1]).all()
+
+
+def test_checkpointing_keeps_a_layers_input_and_recomputes_the_rest() -> None:
+    config = SMALL | {"num_hidden_layers": 12}
+    plain, spared = (dry_run(shape(config, rows=4, length=64, checkpointing=c)).peak(True)[0] for c in (False, True))
+    hidden = 4 * 64 * 64 * 4
+    assert 12 * hidden < spared < plain / 3
+
+
+def test_attention_without_a_matrix_needs_less() -> None:
+    eager, sdpa, flash = (
+        dry_run(shape(rows=1, length=512, attention=a)).peak(True)[0] for a in ("eager", "sdpa", "flash_attention_2")
+    )
+    assert eager > sdpa + 6 * 4 * 512 * 512 * 4 and flash < sdpa
+
+
+def test_what_cannot_be_built_is_told_and_what_cannot_be_run_is_estimated() -> None:
+    with pytest.raises(Unpredictable, match="nosuch"):
+        dry_run(shape({"model_type": "nosuch"}))
+    wrong = dry_run(shape(SMALL | {"num_key_value_heads": 3}))  # fails in the forward pass only
+    assert "RuntimeError" in wrong.estimated
+    assert wrong.series[0, dry.ACTIVATIONS] == 6 * 34 * 2 * (2 * 32) * 64
+
+
+def test_advice_fits_and_keeps_the_rows_of_a_step() -> None:
+    now = Training(json.dumps(LLAMA3_8B), "sft", batch=8, length=2048, workers=4, gpu=True, bf16=True)
+    assert advise(now, 1000 * GIB) == []
+    found = advise(now, 40 * GIB)
+    assert found and all(a.memory <= 40 * GIB for a in found)
+    for advice in found:
+        train = advice.change.get("train", {})
+        assert train.get("per_device_train_batch_size", 8) * train.get("gradient_accumulation_steps", 1) == 8
+    adapters = [a.change["tuning"]["method"] for a in found if "tuning" in a.change]
+    assert adapters == sorted(adapters)  # lora before qlora
+    qlora = replace(now, lora=LORA, four_bits=True, workers=1, checkpointing=True)
+    assert qlora.memory().weights < 7 * GIB
