@@ -62,7 +62,7 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"stages": rows}, indent=1))
     else:
-        console.print(render_plan(rows), soft_wrap=True, width=max(console.width, 112))
+        console.print(render_plan(rows), soft_wrap=True)
 
 
 def _cluster_resources() -> dict[str, float] | None:

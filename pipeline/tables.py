@@ -122,15 +122,26 @@ def size(count: float | None) -> str:
 
 def render_plan(rows: list[dict[str, Any]]) -> Group:
     """The stages of `raylign plan`, what their memory is made of, and for those that do not fit what makes them."""
-    stages = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("rows", "tokens", "steps", "epochs", "workers")
-    for column in ("stage", "kind", "state", *numbers, "memory/worker", "disk", "fits"):
-        stages.add_column(column, no_wrap=True, justify="left" if column in ("stage", "kind", "state") else "right")
-    for row in rows:
-        cells = ["" if row[k] is None else f"{row[k]:,}" for k in numbers]
-        sizes = [size(row["memory_per_worker_bytes"]), size(row["disk_bytes"])]
-        fits = Text("yes") if row["fits"] else Text("NO", style="bold red")
-        stages.add_row(row["name"], row["kind"], row["state"], *cells, *sizes, fits)
+    columns = ("stage", "kind", "state", *numbers, "memory/worker", "disk", "fits")
+    cells = [
+        [
+            *(row[k] for k in ("name", "kind", "state")),
+            *("" if row[k] is None else f"{row[k]:,}" for k in numbers),
+            size(row["memory_per_worker_bytes"]),
+            size(row["disk_bytes"]),
+            "yes" if row["fits"] else "NO",
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    # As wide as it has to be: in a narrow terminal lines wrap, but no figure is cut.
+    stages = Table(box=None, pad_edge=False, header_style="bold", width=sum(widths) + 2 * (len(widths) - 1))
+    for column, width in zip(columns, widths, strict=True):
+        left = column in ("stage", "kind", "state")
+        stages.add_column(column, no_wrap=True, width=width, justify="left" if left else "right")
+    for line in cells:
+        stages.add_row(*line[:-1], Text(line[-1], style="bold red" if line[-1] == "NO" else ""))
     parts: list[Any] = [stages]
     for row in rows:
         source = f" from {', '.join(row['inputs'])}" if row["inputs"] else ""
