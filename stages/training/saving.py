@@ -19,6 +19,7 @@ from stages.errors import StageError
 from stages.training.checkpoint import Saved, saved, sweep
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.feed import Feed, FeedLoader
+from stages.training.universal import finish_loading
 from stages.training.writer import Writer, snapshot
 
 SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics")  # of what is not logged yet
@@ -208,8 +209,8 @@ class Checkpoints:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.is_deepspeed_enabled:  # once is enough: what this run saves is not universal
-            self.model_wrapped._config.load_universal_checkpoint = False
+        if self.is_deepspeed_enabled and self.model_wrapped.load_universal_checkpoint():
+            finish_loading(self.model_wrapped, Path(checkpoint))
         state = load(Path(checkpoint) / "state.pt")
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -67,6 +67,27 @@ def converted(checkpoint: Saved) -> Saved:
     return replace(checkpoint, path=target, universal=True)
 
 
+def finish_loading(engine: Any, folder: Path) -> None:
+    """What DeepSpeed 0.19.8 gets wrong when ZeRO-3 reads a universal checkpoint (stage3.py,
+    `load_hp_checkpoint_state_from_checkpoint_dir_stage3`); may go when it no longer does, which the test of 2, 1 and 2 workers
+    with weight decay shows. All groups share one step counter, which each of them then counts up; and all get the settings of
+    the first, so that norms and biases would decay. What is saved from here on is not universal.
+    """
+    import torch
+
+    engine._config.load_universal_checkpoint = False
+    if engine.zero_optimization_stage() < 3:
+        return
+    (saved,) = folder.glob("global_step*/zero/optimizer_state.pt")
+    groups = torch.load(saved, map_location="cpu", weights_only=False)["optimizer_state_dict"]["param_groups"]
+    optimizer = engine.optimizer.optimizer
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update({name: value for name, value in own.items() if name != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
 def for_universal(config: dict[str, Any] | None, resume: Saved | None) -> dict[str, Any] | None:
     """DeepSpeed's config to read what `go_on_from` gave."""
     if config is None or resume is None or not resume.universal:

@@ -169,7 +169,7 @@ def test_two_workers_then_one_then_two(ray_address: str, tmp_path: Path, model: 
     losses: dict[str, list[dict[str, Any]]] = {}
     for name in ("none", "zero2", "zero3"):
         folder, config = tmp_path / name, {} if name == "none" else {"deepspeed": name}
-        settings = config | {"train": train(4, save_steps=3, num_train_epochs=2)}
+        settings = config | {"train": train(4, save_steps=3, num_train_epochs=2, weight_decay=0.1)}
         for workers, stop in ((2, 5), (1, 9)):
             with pytest.raises(RuntimeError, match="stop"):
                 sft(folder, model, data, workers, stopping(folder, stop), **settings)
