@@ -140,17 +140,22 @@ def prepared_amount(plan: Plan, planned: PlannedStage, stage: TrainStage) -> tup
     model = _tokenizer_of(plan, planned)
     if model is None:
         return None
-    recipe = stage.recipe(load_tokenizer(model, plan.spec.template), plan.spec.seed)
+    try:
+        tokenizer = load_tokenizer(model, plan.spec.template)
+    except DataError:  # a config is enough for a plan; a run says what is missing
+        return None
+    recipe = stage.recipe(tokenizer, plan.spec.seed)
+    length = recipe.max_length or stage.max_length
     if (found := find_prepared(stage.data, recipe, plan.folder.prepared)) is not None:
-        longest = stage.max_length if recipe.packing else longest_sequence(found)
+        longest = length if recipe.packing else longest_sequence(found)
         return found.rows, found.tokens, longest, _folder_bytes(found.path)
     if not recipe.packing:
         return None
     loose = find_prepared(stage.data, replace(recipe, packing=False), plan.folder.prepared)
     if loose is None:
         return None
-    rows = math.ceil(loose.tokens / stage.max_length)
-    return rows, loose.tokens, stage.max_length, _folder_bytes(loose.path)
+    rows = math.ceil(loose.tokens / length)
+    return rows, loose.tokens, length, _folder_bytes(loose.path)
 
 
 def longest_sequence(data: Prepared) -> int | None:

@@ -272,7 +272,7 @@ class _Checker:
 
     def _model(self, path: tuple[Any, ...], model: str) -> None:
         try:
-            check_model_folder(model)
+            check_model_folder(model, whole=False)
         except DataError as error:
             self._problem(path, str(error))
 

@@ -57,11 +57,13 @@ def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def warnings(folder: RunFolder) -> list[str]:
-    """What is worth knowing of the data that was trained on."""
+    """What is worth knowing of the data that was trained on, and of the models that were handed over."""
     out = []
     for name, record in folder.state().get("stages", {}).items():
-        found = ((published(folder, name, record) or {}).get("details") or {}).get("warnings") or {}
+        manifest = published(folder, name, record) or {}
+        found = (manifest.get("details") or {}).get("warnings") or {}
         out += [f"{name}: {count} rows, {code}: {WARNINGS.get(code, code)}" for code, count in found.items()]
+        out += [f"{name}: {said}" for said in (manifest.get("handoff") or {}).get("warnings") or []]
     return out
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import Spec
 from stages import Init
+from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem
 from stages.training.architecture import length_limit
 from stages.training.arguments import library_defaults, optimizer_names
@@ -60,10 +61,10 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
         where = f"stages.{planned.name}"
         for field, refs in planned.inputs.items():
             for model in refs:
-                if model.startswith("stages.") or model in asked or Path(model).is_dir():
+                if model.startswith("stages.") or model in asked:
                     continue
                 asked.add(model)
-                if problem := hub_problem(model):
+                if problem := _folder_problem(model) if Path(model).is_dir() else hub_problem(model):
                     found.append(Problem(f"{where}.{field}", problem))
         if isinstance(planned.stage, TrainStage):
             of_stage: dict[str, str] = {}  # of each place the first, which is the cause of what follows
@@ -73,6 +74,14 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
     if not found and (problem := _disk(plan, [p for p in to_run if isinstance(p.stage, TrainStage)])):
         found.append(Problem("storage", problem))
     return found
+
+
+def _folder_problem(model: str) -> str | None:
+    try:
+        check_model_folder(model)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _on_workers(plan: Plan, planned: PlannedStage, local: bool) -> Found:

@@ -12,8 +12,10 @@ from stages.data.chat import BUILT_IN, ChatEncoder
 from stages.errors import DataError
 
 
-def check_model_folder(model: str) -> None:
+def check_model_folder(model: str, *, whole: bool = True) -> None:
     """A local model must look like one before anything is started. Hub ids (`org/name`) are not looked up here.
+
+    `whole`: weights and tokenizer are there too; a plan needs but the config.
 
     Raises:
         DataError: the folder lacks what `from_pretrained` needs, or the path does not exist.
@@ -37,6 +39,8 @@ def check_model_folder(model: str) -> None:
         json.loads((path / "config.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{model}/config.json: not JSON: {error}") from error
+    if not whole:
+        return
     if not any(path.glob("*.safetensors")):
         hint = "; only safetensors are loaded, never pickled weights" if any(path.glob("*.bin")) else ""
         raise DataError(f"{model}: not a model folder: there are no .safetensors weights in it{hint}")

@@ -41,7 +41,13 @@ def dropping(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def sft(
-    folder: Path, model: str, data: Path, workers: int, at_step: Callable[[int, int], None] | None = None, **config: Any
+    folder: Path,
+    model: str,
+    data: Path,
+    workers: int,
+    at_step: Callable[[int, int], None] | None = None,
+    /,
+    **config: Any,
 ) -> StageResult:
     """Run the stage in its folder, again where it was begun; `at_step(rank, step)` is called after each step on each worker."""
 
