@@ -91,6 +91,14 @@ def test_an_adapter_trains_little_and_four_bits_hold_linear_layers_alone() -> No
     assert weight_bytes(anatomy, half=True, four_bits=True, double_quant=False) > found.weights
 
 
+def test_an_adapter_is_merged_into_the_base_read_once_more() -> None:
+    small, half = (shape(SMALL | {"dtype": d}, rows=1, length=8, lora=LORA) for d in ("float32", "bfloat16"))
+    found, again = predict(small), 4 * (dry_run(small).anatomy.parameters + 6 * 2 * 64 * 64)
+    assert (found.moment, found.buffers) == ("merge", again)
+    on_gpu = predict(replace(half, gpu=True))
+    assert on_gpu.moment != "merge" and on_gpu.host == again + 2 * dry_run(half).anatomy.parameters
+
+
 @pytest.mark.parametrize(
     ("name", "each"),
     [

@@ -39,6 +39,7 @@ class Anatomy:
     quantised: int  # parameters of linear layers but the head: what bitsandbytes holds in 4 bits
     largest_linear: int  # parameters of the largest of these
     largest_trainable: int
+    adapted: int  # parameters of the weights that have an adapter
     factored: int  # rows + columns of trained matrices, elements of trained vectors: what Adafactor holds
 
 
@@ -187,6 +188,7 @@ def _anatomy(model: Any, shape: Shape) -> Anatomy:
         quantised=sum(w.numel() for w in linear),
         largest_linear=max((w.numel() for w in linear), default=0),
         largest_trainable=max((p.numel() for p in trained), default=0),
+        adapted=sum(m.base_layer.weight.numel() for m in base.modules() if hasattr(m, "base_layer")),
         factored=sum(vectors),
     )  # fmt: skip
 

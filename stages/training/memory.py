@@ -7,6 +7,7 @@ shares out the optimizer's, 2 the gradients too, 3 the weights too), and was mea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -41,7 +42,7 @@ class Memory:
     reference: int  # of DPO: the model that the policy is compared with
     buffers: int  # of communication: DDP's and ZeRO's buckets, weights that ZeRO-3 has gathered
     fixed: int
-    moment: str  # backward, or optimizer step
+    moment: str  # backward, optimizer step, or merge
     host: int = 0  # what is offloaded to the machine's main memory
     estimated: str = ""  # why activations come from a formula, where they do
 
@@ -141,7 +142,22 @@ def predict(
             backward, step = (replace(m, buffers=each) for m in (backward, step))
     else:
         backward, step = (_shared(m, zero, anatomy, each, shape, workers) for m in (backward, step))
-    return max(backward, step, key=lambda m: m.total)
+    moments = [backward, step]
+    if shape.lora is not None:
+        again = merge_bytes(shape.config, anatomy)
+        if shape.gpu:
+            moments = [replace(m, host=max(m.host, again)) for m in moments]
+        else:
+            moments.append(replace(base, buffers=again, moment="merge"))
+    return max(moments, key=lambda m: m.total)
+
+
+def merge_bytes(config: str, anatomy: Anatomy) -> int:
+    """What the first worker takes of the main memory to merge an adapter (stages/training/export.py): the base once more in
+    float32, the weights that change, and all in the base's own type where that is a shorter one."""
+    said = json.loads(config)
+    half = "16" in str(said.get("dtype", said.get("torch_dtype")))
+    return 4 * (anatomy.parameters + anatomy.adapted) + (2 * anatomy.parameters if half else 0)
 
 
 def weight_bytes(anatomy: Anatomy, *, half: bool, four_bits: bool, double_quant: bool = True) -> int:
