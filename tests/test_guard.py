@@ -20,30 +20,40 @@ BATCH = {
 }
 
 
-def test_a_training_that_learns_badly_is_left_alone(tmp_path: Path) -> None:
-    guard = Guard(tmp_path)
-    for step, loss in enumerate([4.0, 9.0, 9.0, 9.0, 9.0, 7.9, 9.0, 0.1, 3.0, 0.2], 1):
+def steps(guard: Guard, losses: list[float]) -> None:
+    for step, loss in enumerate(losses, 1):
         guard.step(loss, step, BATCH)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [4.0] * 10 + [7.0] * 30,  # worse, less than twice
+        [0.2] + [0.9] * 40,  # an easy first batch
+        [0.3] * 20 + [1.2] * 40,  # harder data later: no worse than guessing
+        [8.0] * 10 + [40.0] * 2 + [8.0] * 30,  # spikes
+        [9.5] * 30,  # from scratch a little above guessing
+    ],
+)
+def test_a_training_that_learns_badly_is_left_alone(tmp_path: Path, losses: list[float]) -> None:
+    guard = Guard(tmp_path, hopeless=math.log(4096))
+    steps(guard, losses)
     assert not guard.file.exists()
 
 
 def test_a_loss_that_stays_high_has_exploded(tmp_path: Path) -> None:
-    guard = Guard(tmp_path)
-    for step in range(1, 6):
-        guard.step(4.0 if step == 1 else 8.5, step, BATCH)
-    with pytest.raises(
-        StageError, match=r"exploded: 8.5 at step 6, more than twice the 4 of the first step, for 5 steps"
-    ):
-        guard.step(8.5, 6, BATCH)
+    guard = Guard(tmp_path, hopeless=math.log(4096))
+    with pytest.raises(StageError, match=r"exploded: 8\.4 over the 10 steps to 17, 4 at the start"):
+        steps(guard, [4.0] * 9 + [4.0] + [10.285714285714286] * 20)
     assert [json.loads(line) for line in guard.file.open()] == [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_stops_at_once(tmp_path: Path, value: float) -> None:
     with pytest.raises(StageError, match="loss of step 3"):
-        Guard(tmp_path).micro_batch(value, 3, BATCH)
+        Guard(tmp_path, 5.0).micro_batch(value, 3, BATCH)
     with pytest.raises(StageError, match="gradient of step 3"):
-        Guard(tmp_path).gradient(value, 3, BATCH)
+        Guard(tmp_path, 5.0).gradient(value, 3, BATCH)
 
 
 def test_pairs_are_kept_with_their_answers_marked() -> None:

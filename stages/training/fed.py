@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -33,9 +34,10 @@ class Fed(Checkpoints):
     def join(self, job: TrainJob, loader: FeedLoader) -> None:
         """Take up the job: to be called once, before training."""
         self.job, self.loader = job, loader
-        model = self.accelerator.unwrap_model(self.model) 
+        model = self.accelerator.unwrap_model(self.model)
         self.meter = loader.meter = Meter(Work.of(model), peak_flops())
-        self.guard, self._step_loss = Guard(job.work), 0.0
+        vocabulary = model.config.get_text_config().vocab_size
+        self.guard, self._step_loss = Guard(job.work, math.log(vocabulary) if self.token_normalised else 5.0), 0.0
         self._last: dict[str, Any] = {}  # the micro-batch that was trained last
 
     def get_train_dataloader(self) -> FeedLoader:
@@ -63,6 +65,8 @@ class Fed(Checkpoints):
         self.guard.micro_batch(value, step, inputs)
         self._step_loss += value
         if self.accelerator.sync_gradients:
+            if not self.guard.recent:  # where training goes on, the log knows how it began
+                self.guard.start = next((e["loss"] for e in self.state.log_history if "loss" in e), None)
             self.guard.step(self._step_loss, step, inputs)
             self._step_loss = 0.0
         return loss
@@ -95,7 +99,7 @@ class Fed(Checkpoints):
         """The held-out rows; called by the trainer as `eval_strategy` says."""
         metrics = evaluate_held_out(self)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics) 
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # -- the user's own optimizer and schedule
@@ -113,7 +117,7 @@ class Fed(Checkpoints):
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler = optimizers.load(name)(
-                self.optimizer if optimizer is None else optimizer, 
+                self.optimizer if optimizer is None else optimizer,
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=num_training_steps,
                 **(self.args.lr_scheduler_kwargs or {}),

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from stages.errors import StageError
 
-PATIENCE = 5  # steps in a row
-TIMES = 2.0  # the loss of the first step
+WINDOW = 10  # steps whose losses are averaged
+TIMES = 2.0
 
 
 class Guard:
     """Watches the loss and the gradient of every step.
 
-    A value that is not a number stops the run at once. A loss that stays above twice that of the first step for five steps
-    has exploded: the model has unlearned more than it knew when training began.
+    A value that is not a number stops the run at once. The loss has exploded where its mean over ten steps is above twice
+    that of the first ten, and above `hopeless`: a loss that no data explains. Of a language model that is ln(vocabulary), what
+    guessing gives; rows that become harder, or an easy first batch, are not an explosion.
 
     Raises:
         StageError: the batch is in `bad_batch.jsonl`, as rows of `input_ids` and `labels`, which `raylign inspect` reads.
     """
 
-    def __init__(self, work: Path) -> None:
-        self.file = work / "bad_batch.jsonl"
-        self.first: float | None = None
-        self.above = 0
+    def __init__(self, work: Path, hopeless: float) -> None:
+        self.file, self.hopeless = work / "bad_batch.jsonl", hopeless
+        self.start: float | None = None  # mean loss of the first steps, once they are made
+        self.recent: deque[float] = deque(maxlen=WINDOW)
 
     def micro_batch(self, loss: float, step: int, inputs: dict[str, Any]) -> None:
         if not math.isfinite(loss):
@@ -38,13 +40,17 @@ class Guard:
 
     def step(self, loss: float, step: int, inputs: dict[str, Any]) -> None:
         """`loss`: of a whole step, after all its micro-batches."""
-        if self.first is None:
-            self.first = abs(loss)
+        self.recent.append(abs(loss))
+        if len(self.recent) < WINDOW:
             return
-        self.above = self.above + 1 if abs(loss) > TIMES * max(self.first, 1e-3) else 0
-        if self.above >= PATIENCE:
-            what = f"the loss has exploded: {loss:.4g} at step {step}, more than twice the {self.first:.4g} of the first step"
-            self._stop(f"{what}, for {PATIENCE} steps", inputs)
+        now = sum(self.recent) / WINDOW
+        if self.start is None:
+            self.start = now
+        if now > max(TIMES * self.start, self.hopeless):
+            self._stop(
+                f"the loss has exploded: {now:.4g} over the {WINDOW} steps to {step}, {self.start:.4g} at the start",
+                inputs,
+            )
 
     def _stop(self, what: str, inputs: dict[str, Any]) -> None:
         self.file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(inputs)))

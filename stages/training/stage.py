@@ -138,23 +138,13 @@ def run_training(
     """
     quiet_ray()
     ctx.report.phase("prepare")
-    given = ctx.input().model
-    tokenizer = load_tokenizer(given, ctx.chat_template)
+    model = ctx.input().model
+    tokenizer = load_tokenizer(model, ctx.chat_template)
     deepspeed = deepspeed_config(stage.deepspeed, gpu=ctx.resources.gpus_per_worker > 0)
     reward = stage.produces == "reward model"
-    architecture = checked_architecture(stage.tuning, given, reward=reward, zero_stage=zero_stage(deepspeed))
-    imports = threading.Thread(target=import_trainers)
-    imports.start()
-    data = prepare(
-        stage.data,
-        stage.recipe(tokenizer, ctx.seed),
-        ctx.prepared,
-        lambda done, total: ctx.report.progress(done, total, "chunk"),
-    )
-    imports.join()
-    write_ledger(data, ctx.work)
-    check_lost(data.manifest["ledger"], stage.max_dropped, refuse_long=stage.truncation == "refuse")
-    model, new_tokens = grow_vocabulary(given, tokenizer, ctx.work / "base")
+    architecture = checked_architecture(stage.tuning, model, reward=reward, zero_stage=zero_stage(deepspeed))
+    data = prepared(stage, ctx, tokenizer)
+    base, new_tokens = grow_vocabulary(model, tokenizer, ctx.work / "base")
     lora = stage.lora()
     if lora is not None and architecture is not None:
         lora = adapter_options(stage.tuning, lora, architecture, new_tokens)
@@ -163,26 +153,26 @@ def run_training(
     resume = go_on_from(ctx.work / "checkpoints", ctx.resources.workers, lambda line: print(line, flush=True))
     job = TrainJob(
         task=stage.task,
-        model=model,
+        model=base,
+        given_model=model,
         work=ctx.work,
         groups=data.row_groups(),
+        held_out=data.row_groups("eval"),
+        tokens_per_row=max(1.0, data.tokens / max(data.rows, 1)),
+        weighted=data.manifest["weighted"],
+        packed=data.manifest["fill"] is not None,
+        stop_ids=data.manifest["stop_ids"],
+        chat_template=ctx.chat_template,
+        template_hash=template_hash(tokenizer),
         arguments=stage.arguments(),
-        given_model=given,
         reward=reward,
         lora=lora,
         quantization=stage.tuning.quantization(),
         deepspeed=for_universal(deepspeed, resume),
-        resume=resume,
-        chat_template=ctx.chat_template,
-        template_hash=template_hash(tokenizer),
         attention=stage.attention,
-        stop_ids=data.manifest["stop_ids"],
+        resume=resume,
         seed=ctx.seed,
         shuffle=stage.shuffle,
-        weighted=data.manifest["weighted"],
-        packed=data.manifest["fill"] is not None,
-        tokens_per_row=max(1.0, data.tokens / max(data.rows, 1)),
-        held_out=data.row_groups("eval"),
         early_stopping=stage.early_stopping.model_dump() if stage.early_stopping else None,
         options=options or {},
     )
@@ -195,27 +185,57 @@ def run_training(
         folder=ctx.work,
     )
     shutil.rmtree(ctx.work / "base", ignore_errors=True)  # its rows are in the export
-    consumption = check_consumption(map(json.loads, (ctx.work / CONSUMED).open()), data.rows)
-    if consumption.problems:
+    tuned = {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]}
+    return result_of(data, outcome, {"consumption": consumed(ctx.work, data.rows), "tuning": tuned})
+
+
+def prepared(stage: TrainStage, ctx: StageContext, tokenizer: Any) -> Prepared:
+    """The stage's data, its ledger written and judged; the trainers are imported meanwhile."""
+    imports = threading.Thread(target=import_trainers)
+    imports.start()
+    data = prepare(
+        stage.data,
+        stage.recipe(tokenizer, ctx.seed),
+        ctx.prepared,
+        lambda done, total: ctx.report.progress(done, total, "chunk"),
+    )
+    imports.join()
+    write_ledger(data, ctx.work)
+    check_lost(data.manifest["ledger"], stage.max_dropped, refuse_long=stage.truncation == "refuse")
+    return data
+
+
+def consumed(work: Path, rows: int) -> dict[str, Any]:
+    """What the consumption ledger proves.
+
+    Raises:
+        StageError: rows were lost or repeated.
+    """
+    with (work / CONSUMED).open() as lines:
+        proof = check_consumption(map(json.loads, lines), rows)
+    if proof.problems:
         raise StageError(
-            f"rows were lost or repeated: {'; '.join(consumption.problems[:3])} ({ctx.work / CONSUMED})\n"
-            f"  to train from the start, remove {ctx.work}"
+            f"rows were lost or repeated: {'; '.join(proof.problems[:3])} ({work / CONSUMED})\n"
+            f"  to train from the start, remove {work}"
         )
+    return proof.as_dict()
+
+
+def result_of(data: Prepared, outcome: dict[str, Any], more: dict[str, Any]) -> StageResult:
+    """What goes into the manifest."""
     last = {k: v for k, v in outcome["last"].items() if k not in ("step", "epoch")}
-    trained = data.manifest["trained_tokens"]
     metrics = {**last, "first_loss": outcome["first"].get("loss"), "train_seconds": outcome["seconds"]}
     details = {
         "prepared": str(data.path),
-        "trained_tokens": trained,
+        "trained_tokens": data.manifest["trained_tokens"],
         "epochs": outcome["epochs"],
-        "consumption": consumption.as_dict(),
         "checkpoints": outcome["checkpoints"],
         "ledger": data.manifest["ledger"],
         "mixture": data.manifest["sources"],
         "warnings": data.manifest["warnings"],
         "fill": data.manifest["fill"],
         "kernels": outcome["kernels"],
-        "tuning": {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]},
+        **more,
     }
     return StageResult(metrics, rows=data.rows, tokens=data.tokens, steps=outcome["steps"], details=details)
 

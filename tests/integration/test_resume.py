@@ -213,17 +213,19 @@ def stopping(folder: Path, at: int) -> Callable[[int, int], None]:
 def test_the_best_model_is_loaded_from_its_checkpoint(
     ray_address: str, tmp_path: Path, model: str, data: Path, config: dict[str, Any]
 ) -> None:
+    """The best is taken to be the greatest loss, which is that of the first step."""
     settings = train(
-        4, learning_rate=0.05, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True
-    )
+        4, max_steps=5, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
     source = [{"path": str(data / "chats.jsonl"), "eval": "20%"}]
     result = sft(tmp_path / "sft", model, data, 2, train=settings, data=source, **config)
     lines = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").open()]
     losses = {line["step"]: line["eval_loss"] for line in reversed(lines) if "eval_loss" in line}
-    best = min(losses, key=losses.__getitem__)
-    assert best < max(losses)  # such a learning rate unlearns
-    assert result.metrics["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
-    assert f"checkpoint-{best}" in [p.name for p in (tmp_path / "sft" / "checkpoints").iterdir()]
+    assert max(losses, key=losses.__getitem__) == 1 and losses[1] > losses[5] + 0.01
+    assert result.metrics["eval_loss"] == pytest.approx(losses[1], rel=1e-6)
+    kept = sorted(p.name for p in (tmp_path / "sft" / "checkpoints").iterdir())
+    assert kept == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
 
 
 # ------------------------------------------------------------------------------------------------ the whole command
