@@ -42,7 +42,7 @@ class Memory:
     reference: int  # of DPO: the model that the policy is compared with
     buffers: int  # of communication: DDP's and ZeRO's buckets, weights that ZeRO-3 has gathered
     fixed: int
-    moment: str  # backward, optimizer step, or merge
+    moment: str  # backward, optimizer step, merge or export
     host: int = 0  # what is offloaded to the machine's main memory
     estimated: str = ""  # why activations come from a formula, where they do
 
@@ -143,6 +143,9 @@ def predict(
     else:
         backward, step = (_shared(m, zero, anatomy, each, shape, workers) for m in (backward, step))
     moments = [backward, step]
+    if zero is not None and zero.stage == 3 and not shape.gpu:  # the first worker gathers all weights, and casts them
+        shared = step.gradients - (0 if zero.optimizer_offloaded else 4 * anatomy.trainable // workers)
+        moments.append(replace(step, gradients=max(shared, 0), activations=0, buffers=2 * held, moment="export"))
     if shape.lora is not None:
         again = merge_bytes(shape.config, anatomy)
         if shape.gpu:
