@@ -262,6 +262,7 @@ class _Run:
             seed=self.plan.spec.seed,
             resources=planned.resources,
             chat_template=self.plan.spec.template,
+            code=self.plan.spec.folder,
             local=self.cluster.local,
         )
         address = self.cluster.address() if planned.stage.uses_ray else None

@@ -6,6 +6,7 @@ DeepSpeed and template files) are relative to the folder of the spec.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -47,6 +48,11 @@ class Spec(Config):
     chat_template: str | None = None
     stages: dict[str, Any]
     file: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where the spec lies: modules of the user's are looked for there. Of one made in Python, the present folder."""
+        return str(Path(self.file).resolve().parent if self.file else Path.cwd())
 
     @property
     def template(self) -> str | None:

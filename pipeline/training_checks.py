@@ -17,6 +17,7 @@ from pipeline.spec import Spec
 from stages import Init
 from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem
+from stages.training import optimizers
 from stages.training.architecture import length_limit
 from stages.training.arguments import library_defaults, optimizer_names
 from stages.training.deepspeed import clashes, deepspeed_config, zero_stage
@@ -44,7 +45,7 @@ def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if isinstance(stage, TrainStage):
             config = model_config(spec, name)
             for path, message in stage_problems(
-                stage, workers=stage.workers or cluster.workers, gpu=gpu, config=config
+                stage, workers=stage.workers or cluster.workers, gpu=gpu, config=config, folder=spec.folder
             ):
                 yield name, path, message
 
@@ -89,7 +90,7 @@ def _on_workers(plan: Plan, planned: PlannedStage, local: bool) -> Found:
     assert isinstance(stage, TrainStage)
     gpu = resources.gpus_per_worker > 0
     config = model_config(plan.spec, planned.name)
-    yield from stage_problems(stage, workers=resources.workers, gpu=gpu, config=config)
+    yield from stage_problems(stage, workers=resources.workers, gpu=gpu, config=config, folder=plan.spec.folder)
     if config is not None and stage.tuning.model_fields_set & {"target_modules", "modules_to_save"}:
         from stages.training.architecture import read_architecture  # imports torch: seconds
 
@@ -114,13 +115,14 @@ def _on_workers(plan: Plan, planned: PlannedStage, local: bool) -> Found:
 
 
 def stage_problems(
-    stage: TrainStage, *, workers: int | None, gpu: bool | None, config: Mapping[str, Any] | None
+    stage: TrainStage, *, workers: int | None, gpu: bool | None, config: Mapping[str, Any] | None, folder: str
 ) -> Found:
     """Settings of a stage that contradict each other, the model or the workers.
 
     Args:
         workers, gpu: how many workers there will be and whether they have GPUs; None where it is not known yet.
         config: of the model, as in its config.json; None where it is not known yet.
+        folder: of the spec.
     """
     given = stage.train.given()
     train = with_defaults(stage, gpu)
@@ -134,6 +136,7 @@ def stage_problems(
         yield ("attention",), problem
     if problem := precision_problem(given, gpu=gpu, bf16_there=None):
         yield ("train", "fp16"), problem
+    yield from _own(given, folder)
     optimizer = given.get("optim")
     if optimizer is not None and not is_own(optimizer) and (
         problem := optimizer_problem(optimizer, optimizer_names(), gpu=gpu)
@@ -160,6 +163,18 @@ def with_defaults(stage: TrainStage, gpu: bool | None) -> dict[str, Any]:
     if train["bf16"] is None and gpu:
         train["bf16"] = not train.get("fp16")
     return train
+
+
+def _own(given: Mapping[str, Any], folder: str) -> Found:
+    """Of optimizers and schedules of the user's."""
+    for field in ("optim", "lr_scheduler_type"):
+        if is_own(given.get(field)) and (problem := optimizers.problem(given[field], folder)):
+            yield ("train", field), problem
+    if is_own(given.get("optim")):
+        try:
+            optimizers.options(given.get("optim_args"))
+        except ValueError as error:
+            yield ("train", "optim_args"), str(error)
 
 
 def length_problem(max_length: int | None, config: Mapping[str, Any]) -> str | None:

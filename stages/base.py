@@ -111,6 +111,7 @@ class StageContext:
     seed: int = 0
     resources: Resources = field(default_factory=Resources)
     chat_template: str | None = None  # the spec's own, where it overrides the model's
+    code: str | None = None  # a folder where modules of the user's are looked for, besides the environment: the spec's
     local: bool = True  # this machine only: one CPU worker trains in the stage's own process
 
     @property

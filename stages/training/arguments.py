@@ -48,6 +48,7 @@ MANAGED = {
     "packing_strategy": "`packing: true` is best fit over the whole data",
     "padding_free": "use `packing: true`",
     "truncation_mode": "use `truncation` beside `train`",
+    "sync_ref_model": "the reference is the model the stage was given",
     "precompute_ref_log_probs": "the reference is run beside the policy for now",
     "do_eval": "use `eval_strategy: steps`, and `eval: 2%` of a data source",
     "dataloader_num_workers": "Ray Data feeds the trainer",

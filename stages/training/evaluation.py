@@ -20,6 +20,8 @@ def evaluate_held_out(trainer: Any) -> dict[str, float]:
     model = trainer.model_wrapped
     was_training = model.training
     model.eval()
+    if averaged := getattr(trainer.optimizer, "eval", None):  # schedule-free optimizers evaluate an average of weights
+        averaged()
     total = count = 0.0
     with torch.no_grad():
         for batch in FeedLoader(feed, trainer.data_collator, PLACEHOLDERS[job.task]):

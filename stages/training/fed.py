@@ -37,8 +37,10 @@ class Fed(Checkpoints):
         model = self.accelerator.unwrap_model(self.model)
         self.meter = loader.meter = Meter(Work.of(model), peak_flops())
         vocabulary = model.config.get_text_config().vocab_size
-        self.guard, self._step_loss = Guard(job.work, math.log(vocabulary) if self.token_normalised else 5.0), 0.0
-        self._last: dict[str, Any] = {}  # the micro-batch that was trained last
+        hopeless = math.log(vocabulary) if self.token_normalised else 5.0
+        self.guard = Guard(job.work, hopeless, self.args.process_index, self.args.world_size)
+        self._step_loss: Any = 0.0  # of this worker, in the step that is being made
+        self._step_inputs: list[dict[str, Any]] = []
 
     def get_train_dataloader(self) -> FeedLoader:
         return self.loader
@@ -61,21 +63,31 @@ class Fed(Checkpoints):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        value, step, self._last = float(loss), self.state.global_step + 1, inputs
-        self.guard.micro_batch(value, step, inputs)
-        self._step_loss += value
-        if self.accelerator.sync_gradients:
-            if not self.guard.recent:  # where training goes on, the log knows how it began
-                self.guard.start = next((e["loss"] for e in self.state.log_history if "loss" in e), None)
-            self.guard.step(self._step_loss, step, inputs)
+        self._step_loss = self._step_loss + loss
+        self._step_inputs.append(inputs)
+        if self.accelerator.sync_gradients:  # once a step, since a GPU has to be waited for
+            own = float(self._step_loss)
+            each = [own if rank == self.args.process_index else 0.0 for rank in range(self.args.world_size)]
+            self.guard.step(self._sum(each), self.state.global_step + 1, self._step_inputs)
             self._step_loss = 0.0
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         if norm is not None and not self.args.fp16:  # fp16 skips steps whose gradient is too large, and goes on
-            self.guard.gradient(float(norm), self.state.global_step + 1, self._last)
+            self.guard.gradient(float(norm), self.state.global_step + 1, self._step_inputs)
+        self._step_inputs = []
         return norm
+
+    @property
+    def _watched(self) -> dict[str, Any]:
+        """What the guard remembers: a checkpoint keeps it."""
+        return {"start": self.guard.start, "recent": list(self.guard.recent)}
+
+    @_watched.setter
+    def _watched(self, value: dict[str, Any]) -> None:
+        self.guard.start = value["start"]
+        self.guard.recent.extend(value["recent"])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # counted by the meter; transformers walks through all parameters for it in every micro-batch
@@ -97,10 +109,23 @@ class Fed(Checkpoints):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The held-out rows; called by the trainer as `eval_strategy` says."""
-        metrics = evaluate_held_out(self)
+        with self.meter.paused():
+            metrics = evaluate_held_out(self)
+        self.model.eval()  # TRL logs what it has gathered for the mode the model is in
         self.log(metrics)
+        self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = bool(super()._determine_best_metric(metrics, trial))  # type: ignore[misc]
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True  # whatever `save_steps` says, the best is kept
+        return best
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.meter.paused():
+            super()._save_checkpoint(model, trial)
 
     # -- the user's own optimizer and schedule
 

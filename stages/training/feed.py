@@ -222,7 +222,9 @@ class Feed:
             rows = self._take(*self.span(self.step))
             self.step += 1
             size = self.shares.batch_size
-            if self.shares.accumulation > 1:  # the same step with less padding: what shares a micro-batch does not matter
+            if (
+                self.shares.accumulation > 1
+            ):  # the same step with less padding: what shares a micro-batch does not matter
                 rows.sort(key=length)
             yield from (rows[i * size : (i + 1) * size] for i in range(self.shares.accumulation))
 
@@ -304,6 +306,8 @@ class FeedLoader:
         shares = self.feed.shares
         micro_batches_per_step = shares.workers * shares.accumulation
         batches = iter(self.feed)
+        if self.meter is not None and not any(self.meter.counts.values()):
+            self.meter.since = time.perf_counter()  # what was done before the first batch is not training
         while True:
             asked = time.perf_counter()
             rows = next(batches, None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +20,69 @@ class Guard:
     """Watches the loss and the gradient of every step.
 
     A value that is not a number stops the run at once. The loss has exploded where its mean over ten steps is above twice
-    that of the first ten, and above `hopeless`: a loss that no data explains. Of a language model that is ln(vocabulary), what
+    the first step's, and above `hopeless`: a loss that no data explains. Of a language model that is ln(vocabulary), what
     guessing gives; rows that become harder, or an easy first batch, are not an explosion.
 
+    All workers see the same numbers, and stop together.
+
     Raises:
-        StageError: the batch is in `bad_batch.jsonl`, as rows of `input_ids` and `labels`, which `raylign inspect` reads.
+        StageError: the rows of the step are in `bad_batch.jsonl`, of several workers in `bad_batch-RANK.jsonl`: of those
+            whose loss is no number, or else of all.
     """
 
-    def __init__(self, work: Path, hopeless: float) -> None:
-        self.file, self.hopeless = work / "bad_batch.jsonl", hopeless
-        self.start: float | None = None  # mean loss of the first steps, once they are made
+    def __init__(self, work: Path, hopeless: float, rank: int = 0, workers: int = 1) -> None:
+        self.work, self.hopeless, self.rank, self.workers = work, hopeless, rank, workers
+        self.start: float | None = None  # loss of the first step
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
-    def micro_batch(self, loss: float, step: int, inputs: dict[str, Any]) -> None:
-        if not math.isfinite(loss):
-            self._stop(f"the loss of step {step} is {loss}", inputs)
+    def file(self, rank: int) -> Path:
+        return self.work / (f"bad_batch-{rank}.jsonl" if self.workers > 1 else "bad_batch.jsonl")
 
-    def gradient(self, norm: float, step: int, inputs: dict[str, Any]) -> None:
+    def step(self, losses: list[float], step: int, inputs: list[dict[str, Any]]) -> None:
+        """`losses`: of each worker, over its micro-batches; `inputs`: this worker's micro-batches."""
+        guilty = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if guilty:
+            self._stop(f"the loss of step {step} is {losses[guilty[0]]}", guilty, inputs)
+        loss = abs(sum(losses) / len(losses))
+        self.recent.append(loss)
+        self.start = loss if self.start is None else self.start
+        now = sum(self.recent) / len(self.recent)
+        if len(self.recent) == WINDOW and now > max(TIMES * self.start, self.hopeless):
+            what = f"the loss has exploded: {now:.4g} over the {WINDOW} steps to {step}, {self.start:.4g} at the start"
+            self._stop(what, range(self.workers), inputs)
+
+    def gradient(self, norm: float, step: int, inputs: list[dict[str, Any]]) -> None:
         if not math.isfinite(norm):
-            self._stop(f"the gradient of step {step} is {norm}, its loss is still a number", inputs)
+            what = f"the gradient of step {step} is {norm}, its loss is still a number"
+            self._stop(what, range(self.workers), inputs)
 
-    def step(self, loss: float, step: int, inputs: dict[str, Any]) -> None:
-        """`loss`: of a whole step, after all its micro-batches."""
-        self.recent.append(abs(loss))
-        if len(self.recent) < WINDOW:
-            return
-        now = sum(self.recent) / WINDOW
-        if self.start is None:
-            self.start = now
-        if now > max(TIMES * self.start, self.hopeless):
-            self._stop(
-                f"the loss has exploded: {now:.4g} over the {WINDOW} steps to {step}, {self.start:.4g} at the start",
-                inputs,
+    def _stop(self, what: str, guilty: Sequence[int], inputs: list[dict[str, Any]]) -> None:
+        if self.rank in guilty:
+            rows = [row for batch in inputs for row in rows_of(batch)]
+            self.file(self.rank).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        look = ""
+        if "labels" in inputs[-1]:  # pairs are not rows of the kind that their stage takes
+            look = (
+                f": look at it with\n  raylign inspect SPEC --set 'stages.NAME.data=[{{path: {self.file(guilty[0])}}}]'"
             )
-
-    def _stop(self, what: str, inputs: dict[str, Any]) -> None:
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(inputs)))
         raise StageError(
-            f"{what}\n  the batch is in {self.file}: look at it with\n"
-            f"  raylign inspect SPEC --set 'stages.NAME.data=[{{path: {self.file}}}]'\n"
-            "  often the cure is a lower learning_rate, warmup_steps, or max_grad_norm"
+            f"{what}\n  what was trained in it is in {', '.join(str(self.file(rank)) for rank in guilty)}{look}\n"
+            "  often the cure is a lower learning_rate, warmup_steps, or a smaller max_grad_norm"
         )
 
 
 def rows_of(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """A collated batch as rows of tokens, padding left out; of pairs each answer is a row with its prompt."""
+    """A collated batch as rows of tokens, padding left out: one for each document; of pairs one for each answer."""
     ids, mask, labels = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
     if labels is None:
         completion = inputs.get("completion_mask", mask)
         labels = ids if completion is None else ids.masked_fill(completion == 0, -100)
     rows = []
     for i in range(len(ids)):
-        kept = slice(None) if mask is None else mask[i].bool()
-        rows.append({"input_ids": ids[i][kept].tolist(), "labels": labels[i][kept].tolist()})
+        if "position_ids" in inputs:
+            starts = [*inputs["position_ids"][i].eq(0).nonzero().flatten().tolist(), ids.shape[1]]
+            parts = [slice(a, b) for a, b in itertools.pairwise(starts) if (labels[i][a:b] != -100).any()]
+        else:
+            parts = [slice(None) if mask is None else mask[i].bool()]
+        rows += [{"input_ids": ids[i][part].tolist(), "labels": labels[i][part].tolist()} for part in parts]
     return rows

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +31,16 @@ class Work:
         config = model.config.get_text_config()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
 
-        def flops(parameter: Any) -> int:
-            size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
-            return (6 if parameter.requires_grad else 4) * int(size)
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+        met = (getattr(config, "num_experts_per_tok", None) or experts) / experts
 
-        each = {id(p): flops(p) for p in model.parameters()}
+        def flops(parameter: Any, share: float = 1.0) -> int:
+            size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                size = math.prod(state.shape)  # bitsandbytes holds two weights in a byte
+            return round((6 if parameter.requires_grad else 4) * size * share)
+
+        each = {id(p): flops(p, met if ".experts." in name else 1.0) for name, p in model.named_parameters()}
         for outside in (embedding, head):
             if outside is not None:
                 each.pop(id(outside.weight), None)
@@ -69,6 +77,15 @@ class Meter:
             positions = batch.get("position_ids")
             documents = len(ids) if positions is None else max(int(positions.eq(0).sum()), 1)
             self.counts["flops"] += self.work.flops(tokens, trained_tokens, tokens / documents)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens here is not training: evaluation, checkpoints."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - began
 
     def wait(self, seconds: float) -> None:
         self.counts["waited"] += seconds

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.machinery
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +33,26 @@ def load(path: str) -> Callable[..., Any]:
     return found
 
 
-def options(text: str | None) -> dict[str, Any]:
-    """`optim_args` of the trainer, `"a=1,b=0.5,c=(0.9, 0.95)"`, with Python values where they are such."""
-    import ast
+def problem(path: str, folder: str) -> str | None:
+    """What is wrong with `package.module:name`, as far as it is known without importing anything."""
+    top = path.partition(":")[0].split(".")[0]
+    if importlib.machinery.PathFinder.find_spec(top, [*sys.path, folder]) is None:
+        return f"{path!r}: there is no module {top!r} in {folder} or in the environment"
+    return None
 
+
+def options(text: str | None) -> dict[str, Any]:
+    """`optim_args` for an optimizer of the user's: keyword arguments as in Python, `"momentum=0.9, betas=(0.9, 0.95)"`.
+
+    Raises:
+        ValueError: they are not such.
+    """
     if not text:
         return {}
-    calls = ast.parse(f"f({text})", mode="eval").body
-    assert isinstance(calls, ast.Call)
-    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in calls.keywords}
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        wanted = 'keyword arguments with plain values, as "momentum=0.9, betas=(0.9, 0.95)"'
+        raise ValueError(f"{text!r}: wanted are {wanted}") from error

@@ -19,9 +19,9 @@ from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 from stages.data.truncate import Truncation
-from stages.errors import StageError
+from stages.errors import DataError, StageError
 from stages.training.architecture import positions
-from stages.training.arguments import TrainConfig
+from stages.training.arguments import TrainConfig, library_defaults
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.consumption import check_consumption
 from stages.training.deepspeed import deepspeed_config, zero_stage
@@ -100,9 +100,11 @@ class TrainStage(Stage):
         if self.early_stopping is not None:
             given.setdefault("load_best_model_at_end", True)
         if given.get("load_best_model_at_end"):
+            given.setdefault(
+                "eval_steps", given.get("logging_steps", library_defaults(self.train.library)["logging_steps"])
+            )
             given.setdefault("save_strategy", given["eval_strategy"])
-            if "eval_steps" in given:
-                given.setdefault("save_steps", given["eval_steps"])
+            given.setdefault("save_steps", given["eval_steps"])
         return given
 
     @property
@@ -174,6 +176,7 @@ def run_training(
         seed=ctx.seed,
         shuffle=stage.shuffle,
         early_stopping=stage.early_stopping.model_dump() if stage.early_stopping else None,
+        code=ctx.code,
         options=options or {},
     )
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
@@ -202,6 +205,10 @@ def prepared(stage: TrainStage, ctx: StageContext, tokenizer: Any) -> Prepared:
     imports.join()
     write_ledger(data, ctx.work)
     check_lost(data.manifest["ledger"], stage.max_dropped, refuse_long=stage.truncation == "refuse")
+    if stage.train.given().get("eval_strategy", "no") != "no" and not data.row_groups("eval"):
+        raise DataError(
+            f"eval_strategy: no row of {data.rows} was held out by `eval`, so there is nothing to evaluate on; hold out more"
+        )
     return data
 
 

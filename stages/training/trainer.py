@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -31,6 +32,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     job: TrainJob = config["job"]
     quiet_ray()
+    if job.code is not None and job.code not in sys.path:
+        sys.path.append(job.code)
     rank, workers = worker_rank()
     on_cpu = config["on_cpu"]
     if job.deepspeed is not None:
@@ -65,6 +68,10 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         if held_out:
             Reporter(job.work).metrics(trainer.state.global_step, held_out)
         Reporter(job.work).phase("export")
+    if averaged := getattr(
+        trainer.optimizer, "eval", None
+    ):  # schedule-free optimizers are done with an average of weights
+        averaged()
     exported = save_model(trainer, job, rank)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
