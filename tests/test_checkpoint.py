@@ -11,18 +11,32 @@ from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import EarlyStoppingCallback, TrainerState
 
 from stages.base import Reporter
 from stages.errors import StageError
 from stages.training import writer as writing
-from stages.training.checkpoint import Record, checkpoints, damage, newest_sound, prune, publish, saved, sweep
+from stages.training.checkpoint import (
+    Record,
+    best_of,
+    checkpoints,
+    damage,
+    find_best,
+    newest_sound,
+    prune,
+    publish,
+    saved,
+    step_of,
+    sweep,
+)
 from stages.training.consumption import check_consumption
 from stages.training.feed import Position
-from stages.training.saving import identity, random_state, set_random_state, trained_weights
-from stages.training.writer import Writer, snapshot, write_state
+from stages.training.saving import identity, load, random_state, set_random_state, stopped_early, trained_weights
+from stages.training.writer import Writer, listed_files, sees, snapshot, write_state
 
 
 def record(step: int, workers: int = 1) -> dict[str, Any]:
@@ -103,17 +117,54 @@ def test_what_is_half_made_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
     [
-        (2, None, [9, 12]), (1, None, [12]), (0, None, [12]), (None, None, [3, 6, 9, 12]), (9, None, [3, 6, 9, 12]),
-        (2, "/elsewhere/checkpoint-3", [3, 9, 12]), (1, "checkpoint-12", [12]),
+        (2, (), [9, 12]), (1, (), [12]), (0, (), [12]), (None, (), [3, 6, 9, 12]), (9, (), [3, 6, 9, 12]),
+        (2, ("/elsewhere/checkpoint-3",), [3, 9, 12]), (1, ("checkpoint-12",), [12]),
+        (1, ("checkpoint-3", "checkpoint-6"), [3, 6, 12]),
     ],
 )  # fmt: skip
 def test_pruning_keeps_the_newest_and_the_best(
-    tmp_path: Path, keep: int | None, best: str | None, left: list[int]
+    tmp_path: Path, keep: int | None, best: tuple[str, ...], left: list[int]
 ) -> None:
     for step in (3, 6, 9, 12):
         make(tmp_path, step)
     prune(tmp_path, keep, best)
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
+
+
+def test_the_best_before_stays_while_the_best_is_the_newest(tmp_path: Path) -> None:
+    state, left = TrainerState(), {}
+    for step in range(1, 8):
+        if step in (1, 4, 6):
+            state.best_global_step, state.best_metric = step, 1 / step
+        best = best_of(tmp_path, state, step)
+        make(tmp_path, step)
+        prune(tmp_path, 1, best)
+        left[step] = [step_of(path) for path in checkpoints(tmp_path)]
+    assert left == {1: [1], 2: [1, 2], 3: [1, 3], 4: [1, 4], 5: [4, 5], 6: [4, 6], 7: [6, 7]}
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("best", "wanted", "left"),
+    [
+        (3, True, ("checkpoint-3", 3, 0.5)),
+        (6, True, (None, None, None)),  # its checkpoint is damaged: another best has to be found
+        (9, True, (None, None, None)),
+        (9, False, (None, 9, 0.5)),  # nobody wants its weights, and early stopping compares with its metric
+        (None, True, (None, None, None)),
+    ],
+)
+def test_a_best_without_its_checkpoint_is_none(
+    tmp_path: Path, best: int | None, wanted: bool, left: tuple[str | None, int | None, float | None]
+) -> None:
+    make(tmp_path, 3), make(tmp_path, 6)
+    (tmp_path / "checkpoint-6" / "complete.json").unlink()
+    state = TrainerState(best_global_step=best, best_metric=0.5 if best else None)
+    state.best_model_checkpoint = f"/where/the/folder/was/checkpoint-{best}" if best else None
+    find_best(tmp_path, state, wanted)
+    path, step, metric = left
+    assert state.best_model_checkpoint == (str(tmp_path / path) if path else None)
+    assert (state.best_global_step, state.best_metric) == (step, metric)
 
 
 def test_a_damaged_checkpoint_is_replaced_when_training_comes_to_its_step_again(tmp_path: Path) -> None:
@@ -152,7 +203,7 @@ def writers(folder: Path, workers: int) -> list[Writer]:
 
 
 def begin(writer: Writer, step: int, keep: int = 2) -> None:
-    writer.begin(step, {f"rank-{writer.rank}.pt": torch.full((5,), step)}, record(step, writer.workers), keep, None)
+    writer.begin(step, {f"rank-{writer.rank}.pt": torch.full((5,), step)}, record(step, writer.workers), keep, ())
 
 
 def test_a_checkpoint_appears_when_every_workers_part_is_on_the_disk(tmp_path: Path) -> None:
@@ -212,6 +263,27 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(
     assert names(tmp_path) == ["checkpoint-3"]
 
 
+def test_a_worker_that_writes_nothing_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "listed_files", lambda making, rank: listed_files(making, rank, patience=0.3))
+    (first, _) = writers(tmp_path, 2)
+    begin(first, 4)
+    for i in range(4):  # it has begun another file: it is alive
+        time.sleep(0.2)
+        (tmp_path / ".saving-4" / f"shard-{i}").write_text("x")
+        first.check()
+    with pytest.raises(StageError, match=r"step 4 could not be written to .*: worker 1 has written nothing for"):
+        first.wait()
+
+
+def test_a_file_of_another_worker_is_looked_for_a_while(tmp_path: Path) -> None:
+    late = threading.Timer(0.2, (tmp_path / "late").touch)
+    late.start()
+    assert sees(tmp_path / "late") and not sees(tmp_path / "never", 0.1)
+    late.join()
+
+
 def test_an_error_in_the_thread_reaches_the_training_loop(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     writer = Writer(tmp_path / "file" / "checkpoints", 0, 1)
@@ -248,8 +320,6 @@ def test_the_weights_that_train_and_buffers_are_saved_once_each() -> None:
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     import random
 
-    import numpy as np
-
     def draw() -> list[float]:
         return [random.random(), float(np.random.rand()), float(torch.rand(1))]
 
@@ -257,6 +327,43 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     wanted = draw()
     set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert draw() == wanted
+
+
+class OwnSchedule(torch.optim.lr_scheduler.LambdaLR):
+    """A user's, with numpy's values in its state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.factor, self.table = np.float32(0.1), np.linspace(1, 0, 7)
+        super().__init__(optimizer, lambda step: self.factor * self.table[step % 7])
+
+
+def test_a_state_with_values_of_numpy_is_read_back_as_it_was(tmp_path: Path) -> None:
+    def schedule() -> OwnSchedule:
+        return OwnSchedule(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.3))
+
+    made, again = schedule(), schedule()
+    made.factor = np.float32(0.7)
+    made.optimizer.step()
+    made.step()
+    state = {"scheduler": made.state_dict(), "half": np.float16(0.1), "flags": np.array([True, False])}
+    write_state(tmp_path / "state.pt", snapshot(state))
+    read = load(tmp_path / "state.pt")
+    again.load_state_dict(read["scheduler"])
+    assert (type(again.factor), again.factor, again.table.tolist()) == (np.float32, made.factor, made.table.tolist())
+    assert again.get_last_lr() == made.get_last_lr() and again.last_epoch == 1
+    assert type(read["half"]) is np.float16 and read["flags"].dtype == bool
+    write_state(tmp_path / "other.pt", {"path": re.compile("x")})
+    with pytest.raises(StageError, match=r"other.pt holds more than tensors, .*re._compile"):
+        load(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(("counter", "stopped"), [(1, False), (3, True)])
+def test_early_stopping_goes_on_counting(counter: int, stopped: bool) -> None:
+    before, callback = EarlyStoppingCallback(3, 0.1), EarlyStoppingCallback(3, 0.1)
+    before.early_stopping_patience_counter = counter
+    assert stopped_early([callback], {"EarlyStoppingCallback": before.state(), "TrainerControl": {}}) is stopped
+    assert callback.early_stopping_patience_counter == counter
+    assert not stopped_early([EarlyStoppingCallback(3)], {}) and not stopped_early([], {"EarlyStoppingCallback": {}})
 
 
 # ------------------------------------------------------------------------------------------------ the ledger

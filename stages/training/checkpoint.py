@@ -15,10 +15,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from stages.training.feed import Position
 
@@ -88,6 +89,29 @@ def damage(checkpoint: Saved) -> str | None:
         return next((found for found in pool.map(wrong, checkpoint.record.files.items()) if found), None)
 
 
+def best_of(folder: Path, state: Any, step: int) -> tuple[str, ...]:
+    """The checkpoints that pruning has to spare when that of `step` is made; `state` is transformers' TrainerState, which takes
+    it for the best if it is. While the best is also the newest, the one that was the best before stays: without the newest,
+    should it be damaged, training goes on from an older one, to which that was the best.
+    """
+    before = state.best_model_checkpoint
+    if state.best_global_step == step:
+        state.best_model_checkpoint = str(folder / f"checkpoint-{step}")
+    return tuple(sorted({path for path in (before, state.best_model_checkpoint) if path is not None}))
+
+
+def find_best(folder: Path, state: Any, wanted: bool) -> None:
+    """Have a TrainerState that was read from a checkpoint name the best checkpoint only if that is there.
+
+    Args:
+        wanted: the best model is what will be exported, so a best without its checkpoint is none: another has to be found.
+    """
+    best = folder / f"checkpoint-{state.best_global_step}"
+    state.best_model_checkpoint = str(best) if saved(best) is not None else None
+    if wanted and state.best_model_checkpoint is None:
+        state.best_metric = state.best_global_step = None
+
+
 def newest_sound(folder: Path, say: Callable[[str], None]) -> Saved | None:
     """The checkpoint to go on from; what cannot be used is told to `say`. None: from the start."""
     found = checkpoints(folder)
@@ -135,13 +159,14 @@ def sync(*paths: Path) -> None:
             os.close(handle)
 
 
-def prune(folder: Path, keep: int | None, best: str | None = None) -> None:
-    """Remove all complete checkpoints but the newest `keep` and the one whose path is `best`."""
+def prune(folder: Path, keep: int | None, best: Collection[str] = ()) -> None:
+    """Remove all complete checkpoints but the newest `keep` and those whose paths are in `best`."""
     if keep is None:
         return
+    spared = {Path(path).name for path in best}
     complete = [p for p in checkpoints(folder) if (p / COMPLETE).is_file()]
     for path in complete[: max(0, len(complete) - max(keep, 1))]:
-        if best is None or path.name != Path(best).name:
+        if path.name not in spared:
             aside = path.with_name(f".removed-{step_of(path)}")  # so that one removed half-way is not taken for damaged
             os.replace(path, aside)
             shutil.rmtree(aside)

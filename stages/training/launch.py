@@ -78,8 +78,8 @@ def launch(
     """Run `function(config)` on every worker and return what rank 0 returned.
 
     One CPU worker on this machine runs in the present process (Ray Train's local mode): no actors to start, no placement
-    group, seconds less. Anything else is a Ray Train worker group, whose run folder is `folder`: checkpoints written in it
-    are reported where they lie.
+    group, seconds less. Anything else is a Ray Train worker group, whose run folder is `folder`. Ray is told of no checkpoints:
+    what a stage goes on from is its own matter (stages/training/saving.py).
 
     Raises:
         Exception: what a worker raised, or Ray Train's own where the workers could not be started in the time allowed.
@@ -106,9 +106,6 @@ def launch(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
         ),
     )
-    # Ray would refuse to go on where one of the checkpoints it remembers has been pruned since. What a stage goes on from are
-    # its own checkpoints (stages/training/trainer.py), so Ray may forget.
-    (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:

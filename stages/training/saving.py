@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import random
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from stages.base import Reporter
 from stages.errors import StageError
-from stages.training.checkpoint import Saved, saved, sweep
+from stages.training.checkpoint import Saved, best_of, find_best, saved, sweep
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.feed import Feed, FeedLoader
 from stages.training.universal import finish_loading
-from stages.training.writer import Writer, snapshot
+from stages.training.writer import Writer, sees, snapshot
 
-SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics")  # of what is not logged yet
+# What the loop remembers from step to step: sums of what is not logged yet, and what the guard has seen.
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics", "_watched")
 
 
 class Checkpoints:
@@ -54,9 +57,10 @@ class Checkpoints:
         """Train from a checkpoint's folder, or from the start.
 
         Raises:
-            StageError: the checkpoint is of another model; a checkpoint could not be written.
+            StageError: the checkpoint is of another model; a checkpoint could not be written; workers see different disks.
         """
         folder = Path(self.args.output_dir)
+        self._check_shared(folder.parent)
         if resume_from_checkpoint is not None:
             self._resumed = self._check(Path(resume_from_checkpoint))
         self._reporter, self._noted = Reporter(folder.parent), self.feed.step
@@ -66,9 +70,7 @@ class Checkpoints:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **more)  # type: ignore[misc]
         except BaseException as error:
             try:
-                self.writer.wait(
-                    30
-                )  # what is being written is still good; longer, if other workers are gone, it is not
+                self.writer.wait(30)  # what is being written is still good; not longer: other workers may be gone
             except StageError as second:
                 raise second from error
             raise
@@ -76,6 +78,28 @@ class Checkpoints:
         if self.args.process_index == 0:
             sweep(folder)
         return result
+
+    def _check_shared(self, folder: Path) -> None:
+        """Threads that write a checkpoint agree through the folder, so all workers have to see the same one."""
+        if self.args.world_size == 1:
+            return
+        import torch
+        from accelerate.utils import broadcast_object_list
+
+        first, name = self.args.process_index == 0, [f".shared-{uuid.uuid4().hex}"]
+        if first:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name[0]).touch()
+            except OSError as error:
+                raise StageError(f"cannot write to {folder}: {error}") from error
+        broadcast_object_list(name)  # the file is there before the others know its name
+        missing = torch.tensor(0.0 if sees(folder / name[0]) else 1.0, device=self.args.device)
+        missing = self.accelerator.reduce(missing, "sum")
+        if first:
+            (folder / name[0]).unlink()
+        if missing.item():
+            raise StageError(f"workers do not share {folder}: set `storage` to a path that every node mounts")
 
     def _check(self, path: Path) -> Saved:
         checkpoint = saved(path)
@@ -97,11 +121,17 @@ class Checkpoints:
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
         super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)  # type: ignore[misc]
-        self.state.compute_steps(
-            self.args, max_steps
-        )  # how often to log and save may have changed since the checkpoint
+        # How often to log and save may have changed since the checkpoint.
+        self.state.compute_steps(self.args, max_steps)
         finished = self.feed.step >= self.feed.steps
+        if resume_from_checkpoint is not None:
+            find_best(Path(self.args.output_dir), self.state, self.args.load_best_model_at_end)
+            finished |= stopped_early(self.callback_handler.callbacks, self.state.stateful_callbacks)
         return self.feed.epochs if finished else self.feed.start.epoch, 0
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.writer.wait()  # it looks at the checkpoints
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
 
     def _run_epoch(self, **values: Any) -> None:
         steps = self.feed.steps_in(values["epoch"])
@@ -129,8 +159,7 @@ class Checkpoints:
         self.store_flos()  # type: ignore[attr-defined]
         self.writer.wait()
         step, rank = self.state.global_step, self.args.process_index
-        if self.state.best_global_step == step:
-            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{step}")
+        best = best_of(Path(self.args.output_dir), self.state, step)
         states: dict[str, Any] = {f"rank-{rank}.pt": snapshot({"random": random_state(), "sums": self._sums()})}
         if rank == 0:
             states["trainer_state.json"] = self._state_json()
@@ -148,7 +177,7 @@ class Checkpoints:
             "zero": self.model_wrapped.zero_optimization_stage() if self.is_deepspeed_enabled else None,
             "identity": identity(self.model),
         }
-        self.writer.begin(step, states, record, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.writer.begin(step, states, record, self.args.save_total_limit, best)
         self.writer.blocked += time.perf_counter() - began
 
     def _state_json(self) -> str:
@@ -204,7 +233,8 @@ class Checkpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load(Path(resume_from_checkpoint) / "weights.pt")
         unknown = (model or self.model).load_state_dict(weights, strict=False).unexpected_keys
-        assert not unknown, unknown  # its identity was checked
+        if unknown:
+            raise StageError(f"{resume_from_checkpoint} holds {unknown[0]!r}, which the model does not have")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -237,9 +267,8 @@ class Checkpoints:
             own = np.random.SeedSequence([self.args.seed, self.state.global_step, rank]).generate_state(1)
             set_seed(int(own[0]))
         self._set_sums(ranks[rank if before == self.args.world_size else 0]["sums"])
-        if (
-            before != self.args.world_size
-        ):  # each held the loss of its own rows; the logged one is the mean over workers
+        if before != self.args.world_size:
+            # Each held the loss of its own rows; the logged one is the mean over workers.
             self._tr_loss = sum(r["sums"]["_tr_loss"] for r in ranks).to(self.args.device) / before
 
     def _set_sums(self, sums: dict[str, Any]) -> None:
@@ -278,16 +307,51 @@ def identity(model: Any) -> str:
 
 
 def trained_weights(model: Any) -> dict[str, Any]:
-    """The parameters that train, once each, and buffers that are part of the model."""
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False)}
+    """The parameters that train, once each, and buffers that are part of the model.
+
+    A model's state has more: how bitsandbytes has quantised a weight, which it does the same way when the base is loaded again.
+    """
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {name: value for name, value in model.state_dict().items() if name not in frozen}
+    return trained | {name: value for name, value in model.state_dict().items() if name in buffers}
+
+
+def stopped_early(callbacks: list[Any], states: dict[str, Any]) -> bool:
+    """Give EarlyStoppingCallback its counter back; whether training had been stopped by it.
+
+    transformers does that with `restore_callback_states_from_checkpoint`, which also restores the flags of TrainerControl as
+    they were while the checkpoint was made: it would be made again after the next step.
+    """
+    from transformers import EarlyStoppingCallback
+
+    state = states.get(EarlyStoppingCallback.__name__)
+    for callback in callbacks:
+        if isinstance(callback, EarlyStoppingCallback) and isinstance(state, dict):
+            callback.early_stopping_patience_counter = state["attributes"]["early_stopping_patience_counter"]
+            if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
+                return True
+    return False
 
 
 def load(path: Path) -> Any:
+    """A state of tensors, plain values and numpy's, which a user's own optimizer or schedule may have.
+
+    Raises:
+        StageError: it has something else.
+    """
+    import numpy as np
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    made_by = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]  # what unpickling a scalar, an array calls
+    known = [np.ndarray, np.dtype, *made_by, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise StageError(
+            f"{path} holds more than tensors, plain values and numpy's: let `state_dict` of your optimizer or schedule give no "
+            f"objects of other classes ({str(error).rpartition('WeightsUnpickler error: ')[2].splitlines()[0]})"
+        ) from error
 
 
 def random_state() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from stages.errors import StageError
 from stages.training.checkpoint import SAVING, Record, hash_file, prune, publish, sync
 
 Files = dict[str, tuple[int, str]]
+PATIENCE = 1800.0  # seconds without a new file, after which another worker is given up
 
 
 def snapshot(value: Any, seen: dict[Any, Any] | None = None) -> Any:
@@ -117,13 +118,13 @@ class Writer:
         return self.folder / f"{SAVING}{step}"
 
     def begin(
-        self, step: int, states: dict[str, Any], record: dict[str, Any], keep: int | None, best: str | None
+        self, step: int, states: dict[str, Any], record: dict[str, Any], keep: int | None, best: Collection[str]
     ) -> None:
         """Start to write this worker's `states` (path in the folder -> what to save), which nobody else may change.
 
         Args:
             record: of the checkpoint, without its files.
-            keep: how many checkpoints stay, besides the `best` one.
+            keep: how many checkpoints stay, besides those of `best`.
         """
 
         def write() -> None:
@@ -176,7 +177,7 @@ class Writer:
     # -- in the thread
 
     def _write(
-        self, step: int, states: dict[str, Any], record: dict[str, Any], keep: int | None, best: str | None
+        self, step: int, states: dict[str, Any], record: dict[str, Any], keep: int | None, best: Collection[str]
     ) -> None:
         making = self.making(step)
         making.mkdir(parents=True, exist_ok=True)
@@ -204,20 +205,36 @@ def list_files(making: Path, rank: int, files: Files) -> None:
     os.replace(temporary, making / f".rank-{rank}.json")
 
 
-def listed_files(making: Path, rank: int) -> Files:
+def listed_files(making: Path, rank: int, patience: float = PATIENCE) -> Files:
     """Wait for another worker's files. (If that worker is gone, Ray Train ends this one.)
 
     Raises:
         FileNotFoundError: another worker has given up.
+        TimeoutError: for `patience` seconds no worker has begun a file.
     """
     path = making / f".rank-{rank}.json"
+    there, since = set(making.rglob("*")), time.monotonic()
     while not path.is_file():
         if given_up(making).is_file():
             raise FileNotFoundError(f"another worker could not write to {making}")
+        if time.monotonic() - since > patience:
+            before, there, since = there, set(making.rglob("*")), time.monotonic()
+            if there == before:
+                raise TimeoutError(f"worker {rank} has written nothing for {patience / 60:.0f} minutes")
         time.sleep(0.02)
     files = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
     path.unlink()
     return files
+
+
+def sees(marker: Path, seconds: float = 5.0) -> bool:
+    """Whether a file that another worker has just made is here, allowing for a network's delay."""
+    deadline = time.monotonic() + seconds
+    while not marker.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def given_up(making: Path) -> Path:

@@ -136,6 +136,64 @@ def test_one_worker_goes_on_from_its_checkpoint_or_the_one_before(
         sft(cut, dropping, data, 1, tuning={"method": "lora", "r": 4})
 
 
+def test_weights_in_four_bits_go_on_from_their_checkpoint(
+    ray_address: str, tmp_path: Path, dropping: str, data: Path
+) -> None:
+    """The checkpoint has the adapter; the base is quantised again."""
+    pytest.importorskip("bitsandbytes")
+    tuning = {"method": "qlora", "r": 4, "lora_dropout": 0.2, "bnb_4bit_use_double_quant": True}
+    sft(tmp_path / "whole", dropping, data, 1, tuning=tuning)
+    with pytest.raises(RuntimeError, match="an accident"):
+        sft(tmp_path / "cut", dropping, data, 1, accident, tuning=tuning)
+    stored = torch.load(tmp_path / "cut" / "checkpoints" / "checkpoint-9" / "weights.pt", weights_only=True)
+    assert stored and all("lora_" in name for name in stored)
+    assert sft(tmp_path / "cut", dropping, data, 1, tuning=tuning).steps == 13
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_early_stopping_counts_on_after_an_interruption(
+    ray_address: str, tmp_path: Path, dropping: str, data: Path
+) -> None:
+    """No evaluation is better by the threshold: the fourth, at step 12, is the third in vain. Cut off after step 11."""
+    config = {
+        "train": train(8, num_train_epochs=2, logging_steps=2, eval_strategy="steps", eval_steps=3, save_steps=3),
+        "data": [{"path": str(data / "chats.jsonl"), "eval": "20%"}],
+        "early_stopping": {"patience": 3, "threshold": 100.0},
+    }
+    assert sft(tmp_path / "whole", dropping, data, 1, **config).steps == 12
+    with pytest.raises(RuntimeError, match="an accident"):
+        sft(tmp_path / "cut", dropping, data, 1, accident, **config)
+    assert sft(tmp_path / "cut", dropping, data, 1, **config).steps == 12
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    ledger = (tmp_path / "cut" / "consumed.jsonl").read_text()
+    assert sft(tmp_path / "cut", dropping, data, 1, **config).steps == 12, "it had stopped: nothing is left to train"
+    assert (tmp_path / "cut" / "consumed.jsonl").read_text() == ledger
+    wanted, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def elsewhere(job: dict[str, Any]) -> Any:
+    """The worker's own function, where the second worker's disk is another."""
+
+    def build(parts: Any) -> Any:
+        made = job["build"](parts)
+        if made.args.process_index == 1:
+            made.args.output_dir = str(job["job"].work.parent / "other disk" / "checkpoints")
+        return made
+
+    return trainer_module.train_on_worker(job | {"build": build})
+
+
+def test_workers_that_do_not_share_a_disk_are_told_so(
+    ray_address: str, tmp_path: Path, model: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other disk").mkdir()
+    monkeypatch.setattr(training_stage, "train_on_worker", elsewhere)
+    with pytest.raises(StageError, match=r"workers do not share .*: set `storage` to a path that every node mounts"):
+        sft(tmp_path / "sft", model, data, 2)
+    assert not list((tmp_path / "sft").glob(".shared-*"))
+
+
 def test_a_killed_worker_of_two(ray_address: str, tmp_path: Path, dropping: str, data: Path) -> None:
     at = random.randint(4, 12)
     print("killed at step", at)
