@@ -10,6 +10,7 @@ from pydantic import Field
 from stages.base import StageContext, StageResult
 from stages.data.encode import Recipe, Task
 from stages.data.mask import TrainMask
+from stages.training import documents
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.collate import conversation_collator
 from stages.training.fed import Fed
@@ -117,6 +118,6 @@ def build_trainer(parts: TrainerParts) -> Any:
         weighted=job.weighted,
         normalization=job.options["loss_normalization"],
         pad_to_multiple_of=args.pad_to_multiple_of,
-        flat=parts.kernels.attention.name == FLASH,
+        flat=parts.kernels.attention.name == FLASH or (parts.on_cpu and documents.use(trainer.model)),
     )
     return trainer

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import StageError
+from stages.training import documents
 from stages.training.job import TrainJob
 from stages.training.kernels import FLASH
 from stages.training.probe import FILE, Probe, largest_difference, make_probes, run_probes, write_probes
@@ -42,7 +43,7 @@ def save_model(trainer: Any, job: TrainJob, rank: int) -> dict[str, Any]:
             model.save_pretrained(str(target), state_dict=cast(model, state, dtype, without=tied))
     # Autocast is left out from here on: the probes are run in the dtype of the weights.
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    if model.config._attn_implementation == FLASH:  # it computes in half precision only, weights may be float32
+    if model.config._attn_implementation in (FLASH, documents.NAME):  # of half precision only, or for training alone
         model.set_attn_implementation("sdpa")
     probes = make_probes(job, tokenizer)
     logits = run_probes(model, probes, reward=job.reward)

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from stages.base import Reporter
+from stages.training import documents
 from stages.training.deepspeed import init_deepspeed
 from stages.training.evaluation import evaluate_held_out
 from stages.training.export import save_model
@@ -107,6 +108,8 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(report_callback(job.work))
     trainer.kernels = parts.kernels.facts()
+    if trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation == documents.NAME:
+        trainer.kernels["attention"] += ", each document alone"
     if trainer.is_world_process_zero():
         print("; ".join(f"{k}: {v}" for k, v in trainer.kernels.items()), flush=True)
     if job.early_stopping is not None:

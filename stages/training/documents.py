@@ -1,0 +1,93 @@
+"""Attention document by document: for CPUs, where no kernel knows where the documents of a row end.
+
+A batch is one row of documents end to end (`flat` of collate.py), so nothing is padded. torch's attention would need a mask
+of the row's length squared and compute all of it; here it is called for each document, causal and without a mask. On a
+GPU that is what flash attention's kernels for rows of several lengths do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "raylign_documents"
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, heads, tokens, head size) to (1, tokens, heads, head size).
+
+    Raises:
+        ValueError: the batch is not one row, or the model did not say where its documents begin.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if query.shape[0] != 1 or position_ids is None or attention_mask is not None:
+        raise ValueError("wanted is one row of documents, with positions that begin anew with each, and no mask")
+    starts = [*position_ids[0].eq(0).nonzero().flatten().tolist(), query.shape[2]]
+    sizes = [end - start for start, end in itertools.pairwise(starts)]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = []
+    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
+        window = band(q.shape[2], sliding_window) if sliding_window and q.shape[2] > sliding_window else None
+        out.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
+            )
+        )
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def band(tokens: int, window: int) -> Tensor:
+    """(tokens, tokens): true where a token sees another, itself among the last `window`."""
+    import torch
+
+    apart = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    return (apart >= 0) & (apart < window)
+
+
+def use(model: Any) -> bool:
+    """Switch a model that runs with sdpa to `attend`. False, and nothing is changed, where its layers do not hand on the
+    positions of a row, or attend in another way."""
+    from transformers import AttentionInterface
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if base.config._attn_implementation != "sdpa" or not _plain(base):
+        return False
+    AttentionInterface.register(NAME, attend)
+    base.set_attn_implementation(NAME)
+    return base.config._attn_implementation == NAME
+
+
+def _plain(model: Any) -> bool:
+    """Whether every layer's attention is of the common kind: causal, through transformers' interface, with what else the
+    layer was given (`position_ids` among it) passed on."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return False  # chunked, linear, state-space
+    attentions = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "o_proj")]
+    if len(attentions) != config.num_hidden_layers:
+        return False
+    kind = type(attentions[0])
+    source = inspect.getsource(kind.forward)
+    passes_on = "ALL_ATTENTION_FUNCTIONS" in source and "**kwargs" in source and "position_ids" not in source
+    layers = next((m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")), None)
+    return passes_on and layers is not None and "position_ids=position_ids" in inspect.getsource(type(layers).forward)
