@@ -57,6 +57,7 @@ MANAGED = {
     "ignore_data_skip": "the feed starts where the checkpoint stopped",
     "disable_tqdm": "the pipeline shows progress itself",
     "auto_find_batch_size": "the batch size decides which rows share a step, so it is fixed",
+    "restore_callback_states_from_checkpoint": "an interrupted stage goes on as it was",
     "save_only_model": "an interrupted stage goes on from its whole checkpoint",
 }
 
