@@ -51,6 +51,8 @@ def _details(folder: RunFolder, name: str) -> dict[str, Any]:
         "steps": points[-1][0] if points else None,
         "ledger": details.get("ledger"),
         "warnings": {WARNINGS.get(code, code): count for code, count in (details.get("warnings") or {}).items()},
+        "handoff_warnings": (manifest.get("handoff") or {}).get("warnings") or [],
+        "kernels": details.get("kernels") or {},
         "mixture": details.get("mixture") or [],
         "model": str(folder.stage(name) / "model") if (folder.stage(name) / "model").is_dir() else None,
     }

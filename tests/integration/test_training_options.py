@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.errors import StageError
 from stages.scoring import trained_token_loss
 
+from ..conftest import write_jsonl
 from .test_training import run, train, weights
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -31,7 +32,7 @@ def test_the_best_model_on_the_way_is_the_one_that_is_kept(tmp_path: Path, model
     split = [{"path": str(data / "chats.jsonl"), "eval": "20%"}]
     options = train(
         4, num_train_epochs=8, learning_rate=0.08, lr_scheduler_type="constant_with_warmup", warmup_steps=150,
-        eval_strategy="steps", eval_steps=10,
+        eval_strategy="steps", logging_steps=10,
     )  # fmt: skip
     config = {"data": split, "train": options, "early_stopping": {"patience": 2}}
     result, _ = run(tmp_path / "sft", model, "sft", data / "chats.jsonl", config=config)
@@ -79,6 +80,25 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_batch(tmp_path: Pa
     # what was kept can be looked at, and trained, as it is
     result, _ = run(tmp_path / "again", model, "sft", tmp_path / "sft" / "bad_batch.jsonl", train=train(8))
     assert result.rows == 8
+
+
+def test_a_loss_that_is_no_number_on_one_of_two_workers_stops_both(tmp_path: Path, model: str, data: Path) -> None:
+    """A token of no number in row 2, which the second worker trains; the first learns of it and does not wait for ever."""
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    broken.config.tie_word_embeddings = False
+    broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.detach().clone())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[tokenizer("Z", add_special_tokens=False)["input_ids"][-1]] = math.nan
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    rows = [{"prompt": f"{'Z' if i == 1 else 'a'} {i}", "completion": "b"} for i in range(12)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(StageError, match=r"loss of step 1 is nan[^,]*bad_batch-1.jsonl: look"):
+        run(tmp_path / "sft", str(tmp_path / "broken"), "sft", path, 2, train=train(2), shuffle=False)
+    assert [p.name for p in (tmp_path / "sft").glob("bad_batch*")] == ["bad_batch-1.jsonl"]
+    kept = [json.loads(line) for line in (tmp_path / "sft" / "bad_batch-1.jsonl").open()]
+    assert any("Z 1" in tokenizer.decode(row["input_ids"]) for row in kept) and len(kept) == 2
 
 
 def test_a_loss_that_explodes_stops_the_run(tmp_path: Path, model: str, data: Path) -> None:
