@@ -118,6 +118,7 @@ def build_trainer(parts: TrainerParts) -> Any:
         weighted=job.weighted,
         normalization=job.options["loss_normalization"],
         pad_to_multiple_of=args.pad_to_multiple_of,
-        flat=parts.kernels.attention.name == FLASH or (parts.on_cpu and documents.use(trainer.model)),
+        flat=parts.kernels.attention.name == FLASH
+        or (parts.on_cpu and job.attention == "auto" and documents.use(trainer.model)),
     )
     return trainer

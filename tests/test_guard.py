@@ -11,6 +11,7 @@ import torch
 
 from stages.errors import StageError
 from stages.training.guard import Guard, rows_of
+from stages.training.launch import first_cause
 from stages.training.optimizers import is_own, load, options, problem
 
 BATCH = {
@@ -101,3 +102,11 @@ def test_own_optimizers_are_told_from_the_trainers() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             load(wrong)
+
+
+def test_the_failure_that_is_told_is_the_cause() -> None:
+    """Where one worker ends, the others' process groups break: that is an echo."""
+    echo, cause = RuntimeError("[gloo/tcp/pair.cc:537] Read error: Connection reset by peer."), ValueError("no")
+    ours = StageError("the loss of step 3 is nan")
+    assert first_cause([echo, cause]) is cause and first_cause([cause, ours, echo]) is ours
+    assert "a worker was lost" in str(first_cause([echo]))

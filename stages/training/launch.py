@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import Resources
+from stages.errors import RaylignError, StageError
 
 # The environment of stages and workers, set before Ray starts.
 # - Ray's PlacementGroupCleaner asks a State API that a local cluster does not run, and waits 15 s for the answer; a dead
@@ -26,6 +27,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",
 }
+
+
+# What a worker's process group says where another worker is gone.
+ECHOES = ("Connection reset by peer", "Connection closed by peer", "NCCL communicator was aborted", "Broken pipe")
 
 
 def quiet_ray() -> None:
@@ -109,7 +114,18 @@ def launch(
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:
-        raise next(iter(error.worker_failures.values()), error) from error
+        raise first_cause(list(error.worker_failures.values())) from error
+
+
+def first_cause(failures: list[Exception]) -> Exception:
+    """Of what the workers of a group failed with: what one of ours says, else what is not the echo of another's end."""
+    ours = [f for f in failures if isinstance(f, RaylignError)]
+    echoes = [f for f in failures if any(sign in str(f) for sign in ECHOES)]
+    others = [f for f in failures if f not in echoes]
+    if ours or others:
+        return (ours or others)[0]
+    lost = "a worker was lost: its process was ended, or its machine is gone (out of memory?)"
+    return StageError(f"{lost}\n  another worker saw: {str(echoes[0]).splitlines()[0]}")
 
 
 def join_single_process_group() -> None:

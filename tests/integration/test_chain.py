@@ -173,17 +173,18 @@ def test_a_gate_that_fails_ends_with_1_and_says_so(finished: Path) -> None:
 
 
 def test_a_failing_stage_names_itself_and_leaves_the_others(tmp_path: Path, data: Path) -> None:
-    """An optimizer that does not exist: reward fails in the trainer, dpo beside it goes on."""
+    """An optimizer of the user's that raises: reward fails in the trainer, dpo beside it goes on."""
+    (tmp_path / "own.py").write_text("def optimizer(*_, **__):\n    raise ValueError('not today')\n")
     spec = SPEC.format(data=data, config=json.dumps(LLAMA))
     spec = spec.replace(
-        "train: {learning_rate: 1e-3, logging_steps: 1}", "train: {learning_rate: 1e-3, optim: no_such_optimizer}"
+        "train: {learning_rate: 1e-3, logging_steps: 1}", "train: {learning_rate: 1e-3, optim: own.optimizer}"
     )
     (tmp_path / "spec.yaml").write_text(spec)
     done = raylign(tmp_path, "run", "spec.yaml")
     assert done.returncode == 1
-    assert "stage reward failed: ValueError:" in done.stderr and "reward.log" in done.stderr
+    assert "stage reward failed: ValueError: not today" in done.stderr and "reward.log" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert "no_such_optimizer" in (tmp_path / "runs" / "chain" / "logs" / "reward.log").read_text()
+    assert "not today" in (tmp_path / "runs" / "chain" / "logs" / "reward.log").read_text()
     state = {
         n: s["state"] for n, s in json.loads((tmp_path / "runs" / "chain" / "run.json").read_text())["stages"].items()
     }

@@ -36,7 +36,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> t
     folder = tmp_path_factory.mktemp("plain") / "sft"
     result, losses = run(folder, model, "sft", data / "chats.jsonl", train=short(8))
     assert result.details["kernels"] == {
-        "attention": "sdpa (the workers have no GPU)", "precision": "float32", "weights": "float32",
+        "attention": "sdpa (the workers have no GPU), each document alone", "precision": "float32", "weights": "float32",
     }  # fmt: skip
     assert len(losses) == STEPS
     return folder, losses

@@ -21,7 +21,7 @@ from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.errors import DataError
 from stages.training import feed as feed_module
-from stages.training.feed import Feed, Shares
+from stages.training.feed import Feed, Position, Shares
 
 from ..conftest import write_jsonl
 
@@ -287,7 +287,8 @@ def test_the_feed_streams_through_ray_data_what_is_left(
     def rows(from_step: int) -> list[list[int]]:
         out = []
         for rank in range(2):
-            feed = Feed(made.row_groups(), rank=rank, shares=shares, steps=steps, seed=0, start_step=from_step)
+            begun = Position(from_step // 26, from_step % 26 * 4, from_step)
+            feed = Feed(made.row_groups(), rank=rank, shares=shares, steps=steps, seed=0, start=begun)
             out.append([row["row"] for _ in range(from_step // 26, 2) for batch in feed for row in batch])
         return out
 
