@@ -15,7 +15,7 @@ from stages.errors import RaylignError, StageError
 
 
 class Worker(Protocol):
-    """Made once in each process, with the options it was sent; called with a task, it gives something small that can be pickled."""
+    """Made once in each process, with the options it was sent. Of a task it gives something small that can be pickled."""
 
     def __call__(self, task: Any) -> Any: ...
 
