@@ -64,3 +64,21 @@ def test_what_is_not_one_row_of_documents_is_refused() -> None:
     assert documents.use(model)
     with pytest.raises(ValueError, match="one row of documents"):
         model(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=False)
+
+
+ALTERED = [{"softcap": 50.0}, {"position_bias": torch.zeros(1)}, {"s_aux": torch.zeros(2)}]
+
+
+@pytest.mark.parametrize("altered", ALTERED, ids=lambda given: next(iter(given)))
+def test_scores_that_a_layer_alters_are_refused(altered: dict[str, Any]) -> None:
+    heads, position_ids = torch.ones(1, 2, 3, 4), torch.arange(3)[None]
+    attended, _ = documents.attend(torch.nn.Module(), *[heads] * 3, None, position_ids=position_ids, softcap=None)
+    assert attended.shape == (1, 3, 2, 4)
+    with pytest.raises(ValueError, match=next(iter(altered))):
+        documents.attend(torch.nn.Module(), *[heads] * 3, None, position_ids=position_ids, **altered)
+
+
+def test_attention_in_both_directions_is_left_alone() -> None:
+    model = made("llama", {})
+    model.model.layers[1].self_attn.is_causal = False
+    assert not documents.use(model)

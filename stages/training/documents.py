@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "raylign_documents"
+ALTERING = ("softcap", "position_bias", "s_aux")  # what a layer may be given that changes the scores
 
 
 def attend(
@@ -27,18 +28,21 @@ def attend(
     scaling: float | None = None,
     position_ids: Tensor | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, head size) to (1, tokens, heads, head size).
 
     Raises:
-        ValueError: the batch is not one row, or the model did not say where its documents begin.
+        ValueError: the batch is not one row, the model did not say where its documents begin, or its attention is more
+            than the common one (`ALTERING`).
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     if query.shape[0] != 1 or position_ids is None or attention_mask is not None:
         raise ValueError("wanted is one row of documents, with positions that begin anew with each, and no mask")
+    if altering := [name for name in ALTERING if other.get(name) is not None]:
+        raise ValueError(f"attention document by document has no {', '.join(altering)}")
     starts = [*position_ids[0].eq(0).nonzero().flatten().tolist(), query.shape[2]]
     sizes = [end - start for start, end in itertools.pairwise(starts)]
     groups = query.shape[1] // key.shape[1]
@@ -85,6 +89,8 @@ def _plain(model: Any) -> bool:
         return False  # chunked, linear, state-space
     attentions = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "o_proj")]
     if len(attentions) != config.num_hidden_layers:
+        return False
+    if not all(getattr(attention, "is_causal", True) for attention in attentions):
         return False
     kind = type(attentions[0])
     source = inspect.getsource(kind.forward)
