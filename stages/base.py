@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -76,22 +77,32 @@ class Reporter:
 
     def rewind(self, step: int) -> None:
         """Forget metrics and consumption after `step`: training goes on from there."""
-        for path in (self.work / "metrics.jsonl", self.work / "consumed.jsonl"):
-            if path.is_file():
-                kept = []
-                for line in path.read_text().splitlines():
-                    try:
-                        entry = json.loads(line)
-                    except json.JSONDecodeError:
-                        break  # torn when the power went; nothing stands after it
-                    if entry["step"] <= step:
-                        kept.append(line + "\n")
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(kept))
-                temporary.replace(path)
+        for file in ("metrics.jsonl", "consumed.jsonl"):
+            self._keep(file, lambda entry: entry["step"] <= step)
+
+    def _keep(self, file: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        path = self.work / file
+        if path.is_file():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # torn when the power went; nothing stands after it
+                if wanted(entry):
+                    kept.append(line + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})
+
+    def final(self, step: int, values: dict[str, Any]) -> None:
+        """Metrics after training, in place of those that an earlier attempt left when it had come as far."""
+        names = {"time", "step", *values}
+        self._keep("metrics.jsonl", lambda entry: entry["step"] != step or entry.keys() != names)
+        self.metrics(step, values)
 
     def consumed(self, step: int, epoch: int, start: int, end: int, workers: int) -> None:
         """A step has trained these rows (stages/training/consumption.py)."""

@@ -399,6 +399,18 @@ def test_a_ledger_names_gaps_and_overlaps(lines: list[dict[str, Any]], problem: 
     assert check_consumption(lines, 24).problems[0] == problem
 
 
+def test_what_is_measured_after_training_is_told_once_however_often_it_ends(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path)
+    for loss in (0.5, 0.4):
+        reporter.rewind(2)
+        if loss == 0.5:
+            reporter.metrics(2, {"loss": 1.0, "epoch": 1.0})
+            reporter.metrics(2, {"eval_loss": 0.6, "eval_rows": 4, "epoch": 1.0})  # while training
+        reporter.final(2, {"eval_loss": loss, "eval_rows": 4})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line.get("eval_loss") for line in lines] == [None, 0.6, 0.4]
+
+
 def test_the_ledger_is_rewound_with_the_metrics(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path)
     for step in (1, 2, 3):

@@ -67,7 +67,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     held_out = evaluate_held_out(trainer) if job.held_out else {}
     if rank == 0:
         if held_out:
-            Reporter(job.work).metrics(trainer.state.global_step, held_out)
+            Reporter(job.work).final(trainer.state.global_step, held_out)
         Reporter(job.work).phase("export")
     if averaged := getattr(
         trainer.optimizer, "eval", None
