@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ import pyarrow.parquet as pq
 from pipeline.advice import GIB, Training, advise, precision
 from pipeline.artifacts import read_json
 from pipeline.plan import Plan, PlannedStage, lacking, machine_resources
-from pipeline.training_checks import HUB_TIMEOUT, model_config, with_defaults
+from pipeline.training_checks import gpus, model_config, with_defaults
 from stages import Init
 from stages.data.prepare import Prepared, find_prepared
 from stages.data.source import DataSource, count_rows
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import DataError
+from stages.training.architecture import fetch_config
 from stages.training.arguments import library_defaults
 from stages.training.deepspeed import deepspeed_config
 from stages.training.dry_run import Unpredictable, dry_run
@@ -291,26 +290,11 @@ def config_of(plan: Plan, planned: PlannedStage) -> dict[str, Any]:
         ref = planned.inputs["model"][0]
         while ref.startswith("stages."):
             ref = plan[ref.removeprefix("stages.")].inputs["model"][0]
-        config = _from_hub(ref)
+        config = fetch_config(ref)
     made = next((s for s in plan.spec.stages.values() if isinstance(s, Init)), None)
     if made is not None and "vocab_size" not in config:
         config = config | {"vocab_size": made.tokenizer.vocab_size}
     return config
-
-
-@lru_cache
-def _from_hub(model: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        file = hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT)
-        return json.loads(Path(file).read_text())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"config.json of {model} is neither in the cache nor given by the hub ({what[:120]})"
-        ) from error
 
 
 def room_of(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> int | None:
@@ -322,17 +306,10 @@ def room_of(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> i
     return int(memory / planned.resources.workers) if memory is not None else None
 
 
-@lru_cache
 def gpu_memory() -> int | None:
     """Bytes of the smallest GPU of this machine, by its driver; None where there is none."""
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
-        return min(int(line) for line in asked.stdout.split()) << 20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+    sizes = gpus("memory.total")  # MiB
+    return int(min(sizes)) << 20 if sizes else None
 
 
 # ------------------------------------------------------------------------------------------------ disk
@@ -347,7 +324,7 @@ def disk_bytes(stage: TrainStage, training: Training, amount: Amount) -> int | N
     if prepared is None:
         return None
     anatomy = dry_run(training.shape()).anatomy
-    given = stage.train.given()
+    given = stage.arguments()
     whole = (2 if training.shape().half else 4) * anatomy.parameters
     state = optimizer_bytes(training.optim, anatomy)
     trained = 4 * anatomy.trainable

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.training_checks import read_config
 from stages.data.records import RECORD_OF, Conversation, Preference, Text, Tokens
 from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem, SpecError
-from stages.training.architecture import length_limit
+from stages.training.architecture import length_limit, read_config
 
 SFT = """\
   sft:                                   # supervised fine-tuning on conversations

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from stages import Init
 from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem
 from stages.training import optimizers
-from stages.training.architecture import length_limit
+from stages.training.architecture import HUB_TIMEOUT, cached, length_limit, read_config
 from stages.training.arguments import library_defaults, optimizer_names
 from stages.training.deepspeed import clashes, deepspeed_config, zero_stage
 from stages.training.kernels import attention_problem, missing_libraries, optimizer_problem, precision_problem
@@ -29,7 +30,6 @@ from stages.training.tuning import missing_library, tuning_problems
 if TYPE_CHECKING:
     from pipeline.plan import Plan, PlannedStage
 
-HUB_TIMEOUT = 5.0  # seconds
 # Bytes a stage can write for each byte of a model in bfloat16: three checkpoints of float32 weights, two moments and
 # DeepSpeed's two copies, and the model.
 AT_MOST = 32
@@ -198,15 +198,6 @@ def model_config(spec: Spec, name: str) -> dict[str, Any] | None:
     return read_config(start) if start is not None else None
 
 
-def read_config(model: str) -> dict[str, Any] | None:
-    """config.json of a folder, or of a hub model that has been downloaded before."""
-    if "://" in model:
-        return None
-    file = Path(model) / "config.json" if Path(model).exists() else cached(model, "config.json")
-    config = json.loads(file.read_text()) if file is not None and file.is_file() else None
-    return config if isinstance(config, dict) else None
-
-
 def first_model(spec: Spec, name: str) -> str | Init | None:
     """Where the chain of models that ends in a stage begins: a folder, a hub id, or the stage that makes a fresh one."""
     seen: set[str] = set()
@@ -220,18 +211,6 @@ def first_model(spec: Spec, name: str) -> str | Init | None:
         if stage is None or isinstance(stage, Init):
             return stage
     return None
-
-
-def cached(model: str, file: str) -> Path | None:
-    """A file of a hub model, where it has been downloaded before. Asks nobody."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        path = try_to_load_from_cache(model, file)
-    except HFValidationError:
-        return None
-    return Path(path) if isinstance(path, str) else None
 
 
 def hub_problem(model: str, timeout: float = HUB_TIMEOUT) -> str | None:
@@ -275,16 +254,24 @@ def _downloaded(model: str) -> bool:
 # ------------------------------------------------------------------------------------------------ this machine
 
 
-def gpus_have_bf16() -> bool | None:
-    """Whether this machine's GPUs compute bf16 (compute capability 8.0 or more), found without torch; None if unknown."""
+@lru_cache
+def gpus(field: str) -> list[float]:
+    """What the driver says of each of this machine's GPUs, by nvidia-smi's name for it; found without torch.
+
+    Nothing where there is no GPU, or no such number.
+    """
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
-        return min(float(line) for line in asked.stdout.split()) >= 8.0
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return [float(line) for line in asked.stdout.split()]
     except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+        return []
+
+
+def gpus_have_bf16() -> bool | None:
+    """Whether this machine's GPUs compute bf16 (compute capability 8.0 or more); None if unknown."""
+    capabilities = gpus("compute_cap")
+    return min(capabilities) >= 8.0 if capabilities else None
 
 
 def _disk(plan: Plan, stages: list[PlannedStage]) -> str | None:

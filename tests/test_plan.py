@@ -100,6 +100,17 @@ def test_plan_json_has_the_contracts_fields(data: Path, model: str, tmp_path: Pa
     assert sft["disk_bytes"] == pytest.approx(4 * weights + (data / "chats.jsonl").stat().st_size, rel=0.01)
 
 
+def test_the_disk_that_the_best_model_takes(data: Path, model: str, tmp_path: Path) -> None:
+    """Where the best model is kept, checkpoints are made as often as it is evaluated."""
+    best = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    disk = []
+    for train in ({"max_steps": 4}, best):
+        held = {"train": train, "data": [{"path": str(data / "chats.jsonl"), "eval": 0.1}]}
+        disk.append(describe(pipeline(data, model, tmp_path, stages={"sft": held}).plan())[0]["disk_bytes"])
+    (weights,) = (file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    assert disk[1] - disk[0] == pytest.approx(3 * weights, rel=0.05)  # a second checkpoint: weights and two moments
+
+
 def test_a_deepspeed_file_counts_by_its_contents(data: Path, model: str, tmp_path: Path) -> None:
     seen = set()
     for folder, stage in (("a", 1), ("b", 1), ("b", 2)):

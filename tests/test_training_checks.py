@@ -43,6 +43,8 @@ def refused(*arguments: Any, **head: Any) -> dict[str, str]:
     [
         ({"max_position_embeddings": 2048}, 4096, 2048),
         ({"n_positions": 1024}, 1025, 1024),
+        ({"max_seq_len": 1024, "model_type": "dbrx"}, 1025, 1024),
+        ({"model_max_length": 1024, "model_type": "kimi_linear"}, 1025, 1024),
         ({"text_config": {"max_position_embeddings": 512}}, 513, 512),
         ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 4096, 2048),
         ({"max_position_embeddings": 2048}, 2048, None),
@@ -57,6 +59,22 @@ def test_a_length_over_the_models(config: dict[str, Any], length: int | None, li
     assert (problem is None) == (limit is None)
     if problem is not None:
         assert f"{length} is more than the {limit} positions" in problem
+
+
+def test_positions_are_read_without_torch(tmp_path: Path) -> None:
+    for name, content in (("flat", {"n_positions": 77}), ("nested", {"text_config": {"max_position_embeddings": 88}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    code = (
+        "import sys; from stages.training.architecture import positions\n"
+        "print([positions(model) for model in sys.argv[1:]], {'torch', 'transformers'} & set(sys.modules))"
+    )
+    models = [str(tmp_path / name) for name in ("flat", "nested", "damaged", "empty")] + ["org/not-downloaded"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    asked = subprocess.run([sys.executable, "-c", code, *models], capture_output=True, text=True, env=offline)
+    assert asked.stdout == "[77, 88, None, None, None] set()\n", asked.stderr
 
 
 def test_the_model_whose_length_counts_is_the_one_the_stage_starts_from(data: Path, model: str) -> None:

@@ -9,6 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from stages.errors import DataError
+
+HUB_TIMEOUT = 5.0  # seconds
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")  # names configs have for them
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -64,10 +69,58 @@ def _read(config_json: str, reward: bool) -> Architecture:
     )
 
 
+# ------------------------------------------------------------------------------------------------ config.json, without torch
+
+
+def read_config(model: str) -> dict[str, Any] | None:
+    """config.json of a folder, or of a hub model that has been downloaded before; None where it is not here.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    if "://" in model:
+        return None
+    file = Path(model) / "config.json" if Path(model).exists() else cached(model, "config.json")
+    config = json.loads(file.read_text()) if file is not None and file.is_file() else None
+    return config if isinstance(config, dict) else None
+
+
+def cached(model: str, file: str) -> Path | None:
+    """A file of a hub model, where it has been downloaded before. Asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(model, file)
+    except HFValidationError:
+        return None
+    return Path(path) if isinstance(path, str) else None
+
+
+@lru_cache
+def fetch_config(model: str) -> dict[str, Any]:
+    """config.json of a hub model.
+
+    Raises:
+        DataError: it is neither in the cache nor given by the hub.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT)
+        return json.loads(Path(file).read_text())
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"config.json of {model} is neither in the cache nor given by the hub ({what[:120]})"
+        ) from error
+
+
 def length_limit(config: Mapping[str, Any]) -> int | None:
     """Positions of a model; None where they have no end, or are rotary and scaled to more than the config says."""
     text = config.get("text_config") or config
-    limit = text.get("max_position_embeddings") or text.get("n_positions")
+    limit = next((text[name] for name in POSITIONS if text.get(name)), None)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     return limit if isinstance(limit, int) and not scaled else None
@@ -75,10 +128,10 @@ def length_limit(config: Mapping[str, Any]) -> int | None:
 
 def positions(model: str) -> int | None:
     """`length_limit` of a model folder, or of a hub id whose config can be had."""
-    from transformers import PretrainedConfig
-
     try:
-        config, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError):  # loading the model tells what is wrong with it
+        config = read_config(model)
+        if config is None and not Path(model).exists():
+            config = fetch_config(model)
+    except (DataError, ValueError):  # loading the model tells what is wrong with it
         return None
-    return length_limit(config)
+    return length_limit(config or {})

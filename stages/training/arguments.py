@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
@@ -84,37 +85,39 @@ def _class_node(name: str) -> ast.ClassDef:
     return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
+def _declarations(name: str) -> Iterator[tuple[str, ast.AnnAssign]]:
+    """(field, its declaration) of a library's config dataclass; inherited ones first, so that what is said last holds."""
+    node = _class_node(name)
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in _SOURCES:
+            yield from _declarations(base.id)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            yield statement.target.id, statement
+
+
 @lru_cache
 def library_fields(name: str) -> dict[str, Any]:
     """Field -> type of a library's config dataclass, inherited ones included."""
-    node, fields = _class_node(name), {}
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in _SOURCES:
-            fields.update(library_fields(base.id))
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            annotation = ast.unparse(statement.annotation)
-            fields[statement.target.id] = eval(annotation, {"__builtins__": {}}, _Types(_NAMES))
-    return {k: v for k, v in fields.items() if not k.startswith("_")}
+    return {
+        field: eval(ast.unparse(statement.annotation), {"__builtins__": {}}, _Types(_NAMES))
+        for field, statement in _declarations(name)
+        if not field.startswith("_")
+    }
 
 
 @lru_cache
 def library_defaults(name: str) -> dict[str, Any]:
     """Field -> default of a library's config dataclass, inherited ones included; those that are computed are left out."""
-    node, defaults = _class_node(name), {}
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in _SOURCES:
-            defaults.update(library_defaults(base.id))
-    for statement in node.body:
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
+    defaults: dict[str, Any] = {}
+    for field, statement in _declarations(name):
         value = statement.value
         if isinstance(value, ast.Call):  # field(default=...)
             value = next((k.value for k in value.keywords if k.arg == "default"), None)
         try:
-            defaults[statement.target.id] = ast.literal_eval(value) if value is not None else None
+            defaults[field] = ast.literal_eval(value) if value is not None else None
         except ValueError:
-            defaults.pop(statement.target.id, None)
+            defaults.pop(field, None)
     return defaults
 
 
