@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.sweep import Sweeps, fold
 from stages import KINDS, Stage
 from stages.base import Config
 from stages.data.tokenizer import read_chat_template
@@ -38,7 +39,10 @@ class ModelInit(Config):
 
 
 class Spec(Config):
-    """A validated spec. `stages` are in the order of the file; `model` is what a stage without one starts from."""
+    """A validated spec. `stages` are in the order of the file; `model` is what a stage without one starts from.
+
+    A sweep has become its variants: `sweeps` says which stages those are, and what each one's values are.
+    """
 
     name: str
     model: str
@@ -47,6 +51,7 @@ class Spec(Config):
     cluster: Cluster = Cluster()
     chat_template: str | None = None
     stages: dict[str, Any]
+    sweeps: Sweeps = Field(default_factory=dict)
     file: str | None = None
 
     @property
@@ -73,7 +78,7 @@ class Spec(Config):
         return list(dict.fromkeys(ref.removeprefix("stages.") for ref in refs if ref.startswith("stages.")))
 
     def as_yaml(self) -> dict[str, Any]:
-        """The resolved spec: defaults that were not said stay unsaid, paths are absolute."""
+        """The resolved spec: defaults that were not said stay unsaid, paths are absolute, sweeps are sweeps."""
         stages = {n: s.model_dump(exclude_unset=True, mode="json") | {"kind": s.kind} for n, s in self.stages.items()}
         model: Any = self.model
         if model == f"stages.{BASE}":
@@ -83,7 +88,7 @@ class Spec(Config):
         extra: dict[str, Any] = {"cluster": cluster} if cluster else {}
         if self.chat_template:
             extra["chat_template"] = self.chat_template
-        return {**head, **extra, "stages": stages}
+        return {**head, **extra, "stages": fold(stages, self.sweeps)}
 
 
 class Head(Config):

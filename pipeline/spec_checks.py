@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from pipeline.spec import BASE, Head, Spec
+from pipeline.sweep import Expanded, expand, get
 from pipeline.training_checks import spec_problems
 from stages import KINDS, Init, Stage
 from stages.data.hub import SCHEME
@@ -28,8 +29,8 @@ RESERVED = {"logs", "report", "run", "spec"}
 WANTED: dict[str, tuple[tuple[type, ...], str]] = {
     "conversation": ((Conversation, Text, Tokens), "conversations or text"),
     "preference": ((Preference,), "preference pairs"),
-    "labelled": ((Labelled,), "answers with a label"),
-    "prompt": ((Prompt,), "prompts"),
+    "labelled": ((Labelled, Preference), "answers with a label, or preference pairs"),
+    "prompt": ((Prompt, Conversation, Preference, Labelled), "prompts, conversations, or answers to prompts"),
 }
 
 
@@ -62,6 +63,8 @@ class _Checker:
     ) -> None:
         self.raw, self.folder, self.lines, self.file, self.problems = raw, folder, lines, file, problems
         self.default_name = default_name
+        self.expanded = Expanded()
+        self.of_variants: list[tuple[tuple[Any, ...], str]] = []  # mistakes of variants, by their paths in `expanded`
 
     def build(self) -> Spec:
         head = self._validate(Head, {k: v for k, v in self.raw.items() if k != "stages"}, ())
@@ -92,15 +95,17 @@ class _Checker:
             cluster=head.cluster,
             chat_template=template,
             stages={name: stage for name, stage in stages.items() if stage is not None},
+            sweeps=self._sweeps(raw_stages),
             file=self.file,
         )
         for name, path, message in spec_problems(spec):
             self._problem(("stages", name, *path), message)
-        if self.problems:
+        if self.problems or self.of_variants:
             self._raise()
         return spec
 
     def _raise(self) -> NoReturn:
+        self._tell_of_variants()
         raise SpecError(sorted(self.problems, key=lambda p: p.line or 0), self.file)
 
     # -- the parts
@@ -115,26 +120,48 @@ class _Checker:
                 self._problem(
                     ("stages", name), "a stage's name is small letters, digits, - and _, and not a file of a run"
                 )
+        self.expanded = expand(raw, _model_fields, self._problem)
+        raw = self.expanded.stages
         if isinstance(self.raw.get("model"), dict) and isinstance(self.raw["model"].get("init"), dict):
             if BASE in raw:
                 self._problem(("stages", BASE), "this name is taken by `model: {init: ...}`")
             init = dict(self.raw["model"]["init"])
+            if "sweep" in init:
+                self._problem(
+                    ("model", "init", "sweep"), "one model is wanted; sweep over a stage of kind init instead"
+                )
             init.setdefault("data", self._data_of_base(raw))
             raw = {BASE: {"kind": "init", **init}, **raw}
         return raw
 
     def _data_of_base(self, raw: dict[str, Any]) -> list[Any]:
         """What a fresh model's tokenizer is trained on where nothing is said: the data of the stages that start from it."""
-        users = [
-            s
-            for s in raw.values()
-            if isinstance(s, dict) and s.get("model") is None and isinstance(s.get("data"), list)
-        ]
-        return [source for stage in users for source in stage["data"] if isinstance(source, dict)]
+        sources: list[Any] = []
+        of_sweeps: list[Any] = []
+        for name, stage in raw.items():
+            if not isinstance(stage, dict) or stage.get("model") is not None or not isinstance(stage.get("data"), list):
+                continue
+            sweep = self.expanded.sweep_of(name)
+            for source in stage["data"]:
+                if not isinstance(source, dict) or (sweep, source) in of_sweeps:
+                    continue
+                sources.append(source)
+                if sweep is not None:
+                    of_sweeps.append((sweep, source))  # what variants share counts once
+        return sources
+
+    def _sweeps(self, raw_stages: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+        """The settings of each variant, with absolute paths."""
+        return {
+            sweep: {
+                variant: {path: get(self._with_paths(raw_stages[variant]), path) for path in chosen}
+                for variant, chosen in variants.items()
+            }
+            for sweep, variants in self.expanded.sweeps.items()
+        }
 
     def _stage(self, name: str, raw: Any) -> Stage | None:
-        given = self.raw.get("stages")
-        path = ("stages", name) if isinstance(given, dict) and name in given else ("model", "init")
+        path = ("stages", name) if name in self.expanded.stages else ("model", "init")
         if not isinstance(raw, dict):
             self._problem(path, "a stage is a mapping with at least `kind`")
             return None
@@ -205,13 +232,15 @@ class _Checker:
                     path = ("stages", name, field, i) if isinstance(value, list) else ("stages", name, field)
                     if not isinstance(ref, str):
                         continue
-                    if ref in raw_stages and not ref.startswith("stages."):
+                    if (ref in raw_stages or ref in self.expanded.sweeps) and not ref.startswith("stages."):
                         self._problem(path, f"write stages.{ref} to use what the stage {ref!r} makes")
                     if not ref.startswith("stages."):
                         continue
                     target = ref.removeprefix("stages.")
                     if target not in raw_stages:
-                        self._problem(path, f"there is no stage {target!r}{nearest(target, list(raw_stages))}")
+                        known = [*raw_stages, *self.expanded.sweeps]
+                        what = f"there is no stage {target!r}{nearest(target, known)}"
+                        self._problem(path, self.expanded.choice(ref) or what)
                         continue
                     graph[name].append(target)
                     made = (
@@ -229,11 +258,11 @@ class _Checker:
                 model = gate.get(field) if isinstance(gate, dict) else None
                 if isinstance(model, str) and model not in models:
                     what = f"{model} is not among `models`{nearest(model, models)}"
-                    self._problem(("stages", name, "gates", i, field), what)
+                    self._problem(("stages", name, "gates", i, field), self.expanded.choice(model) or what)
 
     def _data_place(self, name: str) -> tuple[str, ...]:
         """Where the data of a stage stands in the spec; nothing where it is that of others, and looked at there."""
-        if name in (self.raw.get("stages") or {}):
+        if name in self.expanded.stages:
             return ("stages", name, "data")
         # the stage that `model: {init: ...}` stands for: by default its data is that of the stages that use it
         return ("model", "init", "data") if "data" in self.raw["model"]["init"] else ()
@@ -279,8 +308,29 @@ class _Checker:
     # -- telling
 
     def _problem(self, path: tuple[Any, ...], message: str) -> None:
+        if len(path) > 1 and path[0] == "stages" and self.expanded.sweep_of(path[1]):
+            if not any(known == path for known, _ in self.of_variants):
+                self.of_variants.append((path, message))
+            return
+        path = self.expanded.place(path)
         if not any(known.path == dotted(path) for known in self.problems):  # the first is the cause of what follows
             self.problems.append(Problem(dotted(path), message, line_of(path, self.lines)))
+
+    def _tell_of_variants(self) -> None:
+        """The mistakes of variants where they were written: once where all have one, else with the variants that do."""
+        groups: dict[tuple[str | None, tuple[Any, ...], str], list[str]] = {}
+        for (_, variant, *keys), message in self.of_variants:
+            groups.setdefault((self.expanded.sweep_of(variant), tuple(keys), message), []).append(variant)
+        for (sweep, rest, message), variants in groups.items():
+            written: dict[tuple[Any, ...], list[str]] = {}
+            for variant in variants:
+                written.setdefault(self.expanded.place(("stages", variant, *rest)), []).append(variant)
+            if len(variants) == len(self.expanded.sweeps[str(sweep)]):  # whatever the value
+                written = {at[:-1] if at[2:3] == ("sweep",) and len(at) == 5 else at: [] for at in written}
+            for at, having in written.items():
+                few = ", ".join(having[:3]) + (f" and {len(having) - 3} more" if len(having) > 3 else "")
+                who = f" (variant{'s' * (len(having) > 1)} {few})" if having else ""
+                self.problems.append(Problem(dotted(at), message + who, line_of(at, self.lines)))
 
     def _validate(self, cls: type[BaseModel], raw: Any, path: tuple[Any, ...]) -> BaseModel | None:
         try:
@@ -294,6 +344,12 @@ class _Checker:
                 told.add(where)
                 self._problem((*path, *where), _message(cls, dict(e), where))
             return None
+
+
+def _model_fields(raw: Any) -> list[str]:
+    """Names of the fields in which a stage names models."""
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    return list(KINDS[kind].accepts) if isinstance(kind, str) and kind in KINDS else []
 
 
 def _existing(raw: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -60,7 +60,7 @@ def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
         return
     keys: list[Any] = path.split(".")
     try:
-        value = YAML(typ="rt").load(text)
+        value = YAML(typ="safe").load(text)  # plain: its lines are not those of the file
     except YAMLError as error:
         problems.append(Problem(f"--set {override}", f"the value is not YAML: {error}"))
         return

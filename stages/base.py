@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-ArtifactKind = Literal["model", "reward model", "metrics"]
+ArtifactKind = Literal["model", "reward model", "dataset", "metrics"]
 
 
 class Config(BaseModel):
@@ -46,7 +46,8 @@ Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 class Artifact:
     """Something a stage published, or a model the user named.
 
-    `model` is what `from_pretrained` takes: a folder, or a hub id. `manifest` is empty for a user's own model.
+    `model` is what `from_pretrained` takes: a folder, or a hub id; of a dataset, the folder of its files. `manifest` is
+    empty for a user's own model.
     """
 
     name: str
@@ -136,6 +137,10 @@ class StageContext:
     def model_dir(self) -> Path:
         return self.work / "model"
 
+    @property
+    def data_dir(self) -> Path:
+        return self.work / "data"
+
 
 @dataclass
 class StageResult:
@@ -155,6 +160,10 @@ class Stage(Config, ABC):
     """One step of the chain. Subclasses set `kind`, what they take and make, and implement `run`."""
 
     kind: str
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = Field(
+        default=None,
+        description="Dotted paths within the stage, each with a list of values: a stage for each of their combinations.",
+    )
 
     produces: ClassVar[ArtifactKind]
     # config field -> kinds of artifact it accepts there; a field may hold one reference or a list of them
@@ -174,6 +183,15 @@ class Stage(Config, ABC):
     def sources(self) -> list[Any]:
         """Every data source the stage reads."""
         return list(getattr(self, "data", None) or [])
+
+    @property
+    def makes(self) -> str | None:
+        """The format (stages/data/records.py) of the rows of the dataset it makes; None where it makes none."""
+        return None
+
+    def functions(self) -> list[str]:
+        """Functions of the user's that decide what it makes, as `module:name`: their code is part of the fingerprint."""
+        return []
 
     @abstractmethod
     def run(self, ctx: StageContext) -> StageResult:
