@@ -17,7 +17,7 @@ from stages.errors import RaylignError, StageError
 class Worker(Protocol):
     """Made once in each process, with the options it was sent. Of a task it gives something small that can be pickled."""
 
-    def __call__(self, task: Any) -> Any: ...
+    def __call__(self, task: Any, /) -> Any: ...
 
 
 Progress = Callable[[int, int], None]
@@ -42,7 +42,8 @@ def run_pool(
         progress: called with (tasks done, tasks in all).
 
     Raises:
-        StageError: what a worker said; other exceptions as Ray wraps them.
+        StageError: what a worker said. In the present process other exceptions as they are, from actors in one line: the
+            stage's log has the trace.
     """
     count = min(len(tasks), processes(ctx))
     if count == 0:
@@ -65,7 +66,7 @@ def processes(ctx: StageContext) -> int:
 
 
 class _Actor:
-    """A worker in an actor of Ray Data. Errors for the user come back as data: Ray would wrap them in a trace."""
+    """A worker in an actor of Ray Data. Errors come back as data: Ray would wrap them in traces of its own."""
 
     def __init__(self, job: Any) -> None:
         import ray
@@ -73,16 +74,17 @@ class _Actor:
         from stages.training.launch import quiet_ray
 
         quiet_ray()
-        make, options, self.tasks = ray.get(job)
-        if not options.get("gpu"):
+        make, options, self.tasks, threads = ray.get(job)
+        if threads is not None:
             import torch
 
-            torch.set_num_threads(1)
-        self.worker, self.failed = None, ""
+            torch.set_num_threads(threads)
+        self.worker: Worker | None = None
+        self.failed = ""
         try:
             self.worker = make(**options)
-        except RaylignError as error:
-            self.failed = str(error)
+        except Exception as error:
+            self.failed = _told(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         index = int(batch["index"][0])
@@ -90,8 +92,18 @@ class _Actor:
             return _row(index, None, self.failed)
         try:
             return _row(index, self.worker(self.tasks[index]), "")
-        except RaylignError as error:
-            return _row(index, None, str(error))
+        except Exception as error:
+            return _row(index, None, _told(error))
+
+
+def _told(error: Exception) -> str:
+    """What the user is told of an error in an actor; the trace of one that is not meant for the user goes to the log."""
+    if isinstance(error, RaylignError):
+        return str(error)
+    import traceback
+
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
 
 
 def _row(index: int, result: Any, error: str) -> dict[str, Any]:
@@ -113,15 +125,17 @@ def _by_actors(
     import ray
     import ray.data
 
-    job = ray.put((make, options, list(tasks)))
+    gpus = ctx.resources.gpus_per_worker
+    job = ray.put((make, options, list(tasks), None if gpus else ctx.resources.cpus_per_worker))
     rows = ray.data.from_items([{"index": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
     done = rows.map_batches(
         _Actor,
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=1 if ctx.local else ctx.resources.cpus_per_worker,
-        num_gpus=ctx.resources.gpus_per_worker or None,
+        # On this machine the runner shares out the cores; actors that held them would keep the tasks of others waiting.
+        num_cpus=0 if ctx.local else ctx.resources.cpus_per_worker,
+        num_gpus=gpus or None,
     )
     results: dict[int, Any] = {}
     for row in done.iter_rows():
