@@ -5,18 +5,30 @@ from __future__ import annotations
 from stages.base import Artifact, Stage, StageContext, StageResult
 from stages.dpo import DPO
 from stages.evaluate import Evaluate
+from stages.generate import Generate
 from stages.init import Init
+from stages.kto import KTO
 from stages.reward import Reward
 from stages.sft import SFT
 
-KINDS: dict[str, type[Stage]] = {"init": Init, "sft": SFT, "reward": Reward, "dpo": DPO, "evaluate": Evaluate}
+KINDS: dict[str, type[Stage]] = {
+    "init": Init,
+    "sft": SFT,
+    "reward": Reward,
+    "dpo": DPO,
+    "kto": KTO,
+    "generate": Generate,
+    "evaluate": Evaluate,
+}
 
 __all__ = [
     "DPO",
     "KINDS",
+    "KTO",
     "SFT",
     "Artifact",
     "Evaluate",
+    "Generate",
     "Init",
     "Reward",
     "Stage",

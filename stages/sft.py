@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -13,13 +14,15 @@ from stages.data.mask import TrainMask
 from stages.training import documents
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.collate import conversation_collator
-from stages.training.fed import Fed
+from stages.training.fed import Fed, Scored
 from stages.training.feed import OF_THE_FEED
 from stages.training.head import TrainedHead
 from stages.training.job import TrainerParts
 from stages.training.kernels import FLASH
 from stages.training.losses import Normalization, cross_entropy
 from stages.training.stage import TrainStage, run_training
+
+NLL = "nll"  # the mean of -log p over trained tokens, which the loss is not where it has weights or is smoothed
 
 SFTArguments: type[TrainConfig] = train_config("SFTConfig")
 
@@ -52,28 +55,13 @@ def build_trainer(parts: TrainerParts) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     class FedSFTTrainer(Fed, SFTTrainer):
-        token_normalised = True
-        loss_is_scaled_for_ga = True  # it is divided by what all micro-batches of a step hold
         head: TrainedHead
-        right: Any = 0.0  # tokens that were the most likely one, since the last log
 
-        def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
-            share = torch.tensor(sum(batch["loss_share"] for batch in batch_samples), device=device)
-            return self.accelerator.reduce(share, "sum")
+        @property
+        def hopeless(self) -> float:  # what guessing gives
+            return math.log(self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size)
 
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            loss, _, correct, outputs = self.score(model, inputs)
-            # The step's sum is cut over micro-batches and workers; the mean that DDP and DeepSpeed take is undone.
-            loss = loss / num_items_in_batch.clamp(min=1e-6) * self.accelerator.num_processes
-            if self.aux_loss_enabled:  # load balance of a mixture of experts: a mean over each micro-batch
-                loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
-            self.right = self.right + correct
-            return (loss, outputs) if return_outputs else loss
-
-        def score(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
-            """(weighted loss, sum of -log p, correct tokens, the model's outputs) of a micro-batch, summed over its tokens."""
+        def score(self, model: Any, inputs: dict[str, Any]) -> Scored:
             weights = inputs["loss_weights"][:, 1:]
             trained = weights > 0
             given = {k: v for k, v in inputs.items() if k not in (*OF_THE_FEED, "labels", "loss_weights")}
@@ -81,24 +69,20 @@ def build_trainer(parts: TrainerParts) -> Any:
                 given["output_router_logits"] = True
             else:  # rows are padded on the right, which causal attention does not see: without a mask it is faster
                 given.pop("attention_mask", None)
-            logits, outputs = self.head.logits(model, given, torch.nn.functional.pad(trained, (0, 1)))
+            index = torch.nn.functional.pad(trained, (0, 1)).flatten().nonzero().squeeze(1)
+            logits, outputs = self.head.logits(model, given, index)
             loss, nll, correct = cross_entropy(
                 logits, inputs["labels"][:, 1:][trained], weights[trained],
                 label_smoothing=self.args.label_smoothing_factor, dft=self.args.loss_type == "dft",
             )  # fmt: skip
-            return loss, nll, correct, outputs
+            count = torch.full_like(nll, len(index))
+            metrics = {"mean_token_accuracy": torch.stack([correct, count]), NLL: torch.stack([nll, count])}
+            return Scored(loss[None], metrics, outputs)
 
-        def token_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
-            """(sum of -log p, trained tokens) of a batch that is evaluated."""
-            _, nll, _, _ = self.score(model, inputs)
-            return float(nll), float((inputs["loss_weights"][:, 1:] > 0).sum())
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if "loss" in logs:
-                right, trained = self._sum([float(self.right), self.meter.counts["trained"]])
-                logs["mean_token_accuracy"] = round(right / max(trained, 1.0), 5)
-                self.right = 0.0
-            super().log(logs, start_time)
+        def held_out_loss(self, scored: Scored, inputs: dict[str, Any]) -> tuple[Any, Any]:
+            """The mean of -log p, whatever the weights."""
+            nll, count = scored.metrics[NLL]
+            return nll[None], count[None]
 
     job = parts.job
     args = parts.arguments(SFTConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})

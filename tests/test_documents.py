@@ -50,6 +50,28 @@ def test_each_document_is_as_if_alone(model_type: str, more: dict[str, Any]) -> 
         assert torch.allclose(p.grad, gradient[name], rtol=1e-4, atol=1e-4), name
 
 
+@pytest.mark.parametrize(("model_type", "more"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 4})])
+def test_two_answers_share_a_prompt_as_if_each_had_its_own(model_type: str, more: dict[str, Any]) -> None:
+    model = made(model_type, more)
+    rows = [[torch.randint(3, 64, (1, n)) for n in sizes] for sizes in ((6, 3, 5), (1, 2, 1), (4, 1, 7))]
+    apart = [torch.cat([prompt, answer], 1) for prompt, *answers in rows for answer in answers]
+    logits = [model(input_ids=ids).logits[0] for ids in apart]
+    assert documents.use(model)
+    ids, positions = [], []
+    for prompt, first, second in rows:
+        ids += [prompt, first, second]
+        size = prompt.shape[1]
+        positions += [torch.arange(size + first.shape[1]), torch.arange(size, size + second.shape[1])]
+    together = model(input_ids=torch.cat(ids, 1), position_ids=torch.cat(positions)[None], use_cache=False).logits[0]
+    at = 0
+    for (prompt, first, second), chosen, rejected in zip(rows, logits[::2], logits[1::2], strict=True):
+        whole = prompt.shape[1] + first.shape[1]
+        assert torch.allclose(together[at : at + whole], chosen, atol=1e-5)
+        at += whole
+        assert torch.allclose(together[at : at + second.shape[1]], rejected[prompt.shape[1] :], atol=1e-5)
+        at += second.shape[1]
+
+
 @pytest.mark.parametrize(
     ("model_type", "more"), [("gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 2}), ("phi3", {}), ("llama4_text", {})]
 )

@@ -54,7 +54,8 @@ def step(
             batch = padded_left(batch)
         weights, trained = batch["loss_weights"][:, 1:], batch["loss_weights"][:, 1:] > 0
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
-        logits, _ = head.logits(model, inputs, F.pad(trained, (0, 1)))
+        index = F.pad(trained, (0, 1)).flatten().nonzero().squeeze(1)
+        logits, _ = head.logits(model, inputs, index)
         assert logits.shape[0] == trained.sum()
         part, _, _ = cross_entropy(logits, batch["labels"][:, 1:][trained], weights[trained], label_smoothing=smoothing)
         (part / share).backward()
@@ -170,7 +171,7 @@ def test_soft_caps_and_scales_of_the_model_are_kept() -> None:
             torch.nn.init.normal_(p, std=0.3)
         ids, mask = torch.randint(3, 64, (3, 9)), torch.rand(3, 9) < 0.5
         whole = model(input_ids=ids).logits
-        picked, _ = TrainedHead(model).logits(model, {"input_ids": ids}, mask)
+        picked, _ = TrainedHead(model).logits(model, {"input_ids": ids}, mask.flatten().nonzero().squeeze(1))
         assert torch.allclose(picked, whole[mask], atol=1e-5), more
         assert torch.allclose(model(input_ids=ids).logits, whole, atol=1e-6)  # and generation is as it was
 

@@ -25,6 +25,7 @@ _SOURCES = {
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "RewardConfig": ("trl", "trainer/reward_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
+    "KTOConfig": ("trl", "trainer/kto_config.py"),
     "LoraConfig": ("peft", "tuners/lora/config.py"),
 }
 
@@ -50,7 +51,9 @@ MANAGED = {
     "padding_free": "use `packing: true`",
     "truncation_mode": "use `truncation` beside `train`",
     "sync_ref_model": "the reference is the model the stage was given",
-    "precompute_ref_log_probs": "the reference is run beside the policy for now",
+    "precompute_ref_log_probs": "the reference is always run once, before training",
+    "precompute_ref_batch_size": "the reference is run in micro-batches of per_device_train_batch_size",
+    "train_sampling_strategy": "the order of the data is the feed's; KTO's answers to other prompts are chosen before",
     "do_eval": "use `eval_strategy: steps`, and `eval: 2%` of a data source",
     "dataloader_num_workers": "Ray Data feeds the trainer",
     "dataloader_drop_last": "every row is seen exactly once per epoch",
@@ -150,9 +153,9 @@ class TrainConfig(LibraryConfig):
         return self
 
 
-def train_config(name: str) -> type[TrainConfig]:
-    """The pydantic model of a trainer's arguments (`SFTConfig`, `RewardConfig`, `DPOConfig`)."""
-    fields = {k: (v, Field(default=None)) for k, v in library_fields(name).items() if k not in MANAGED}
+def train_config(name: str, **own: Any) -> type[TrainConfig]:
+    """The pydantic model of a trainer's arguments (`SFTConfig`, `DPOConfig`, ...); `own`: fields with other types."""
+    fields = {k: (v, Field(default=None)) for k, v in (library_fields(name) | own).items() if k not in MANAGED}
     made: type[TrainConfig] = create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
     made.library = name
     return made

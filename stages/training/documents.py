@@ -2,14 +2,18 @@
 
 A batch is one row of documents end to end (`flat` of collate.py), so nothing is padded. torch's attention would need a mask
 of the row's length squared and compute all of it; here it is called for each document, causal and without a mask. On a
-GPU that is what flash attention's kernels for rows of several lengths do.
+GPU that is what flash attention's kernels for rows of several lengths do. Two answers to one prompt may share it (`parts`),
+which those kernels cannot.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,28 +47,63 @@ def attend(
         raise ValueError("wanted is one row of documents, with positions that begin anew with each, and no mask")
     if altering := [name for name in ALTERING if other.get(name) is not None]:
         raise ValueError(f"attention document by document has no {', '.join(altering)}")
-    starts = [*position_ids[0].eq(0).nonzero().flatten().tolist(), query.shape[2]]
-    sizes = [end - start for start, end in itertools.pairwise(starts)]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = []
-    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
-        window = band(q.shape[2], sliding_window) if sliding_window and q.shape[2] > sliding_window else None
+    for part in parts(position_ids):
+        q, k, v = (x[:, :, part.start : part.end] for x in (query, key, value))
+        if part.before:
+            trunk = slice(part.document, part.document + part.before)
+            k, v = (torch.cat([x[:, :, trunk], own], 2) for x, own in ((key, k), (value, v)))
+        seen = band(q.shape[2], k.shape[2], sliding_window)
         out.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
+                q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling
             )
         )
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def band(tokens: int, window: int) -> Tensor:
-    """(tokens, tokens): true where a token sees another, itself among the last `window`."""
+class Part(NamedTuple):
+    """The tokens `start:end` of the row, which see each other and `before` tokens from `document` on."""
+
+    start: int
+    end: int
+    document: int
+    before: int
+
+
+def parts(position_ids: Tensor) -> list[Part]:
+    """Where positions do not go on by one a part begins: at 0 a document, at k a branch after the first k of its document.
+
+    So two answers to a prompt are one row `prompt answer answer`, and the prompt is computed once. The list is kept with
+    the tensor: every layer asks.
+    """
+    known: list[Part] | None = getattr(position_ids, "_raylign_parts", None)
+    if known is None:
+        row = position_ids[0]
+        starts = [0, *((row[1:] != row[:-1] + 1).nonzero().flatten() + 1).tolist(), len(row)]
+        known, document = [], 0
+        for (start, end), before in zip(itertools.pairwise(starts), row[starts[:-1]].tolist(), strict=True):
+            document = start if before == 0 else document
+            known.append(Part(start, end, document, before))
+        position_ids._raylign_parts = known  # type: ignore[attr-defined]
+    return known
+
+
+@lru_cache(maxsize=256)
+def band(tokens: int, seen: int, window: int | None) -> Tensor | None:
+    """(tokens, seen): true where each of the last `tokens` of `seen` sees one before it or itself, at most the last `window`.
+
+    None where that is plain causal attention.
+    """
     import torch
 
-    apart = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    return (apart >= 0) & (apart < window)
+    if tokens == seen and not (window and seen > window):
+        return None
+    apart = torch.arange(seen - tokens, seen)[:, None] - torch.arange(seen)
+    return (apart >= 0) & (apart < (window or seen))
 
 
 def use(model: Any) -> bool:
@@ -97,3 +136,17 @@ def _plain(model: Any) -> bool:
     passes_on = "ALL_ATTENTION_FUNCTIONS" in source and "**kwargs" in source and "position_ids" not in source
     layers = next((m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")), None)
     return passes_on and layers is not None and "position_ids=position_ids" in inspect.getsource(type(layers).forward)
+
+
+@contextmanager
+def set_aside(model: Any) -> Iterator[None]:
+    """For as long as the model is called with other batches than rows of documents: to generate, say."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    used = base.config._attn_implementation == NAME
+    if used:
+        base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if used:
+            base.set_attn_implementation(NAME)

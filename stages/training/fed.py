@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from stages.training import optimizers
 from stages.training.evaluation import evaluate_held_out
-from stages.training.feed import OF_THE_FEED, FeedLoader
+from stages.training.feed import FeedLoader
 from stages.training.guard import Guard
 from stages.training.job import TrainJob
 from stages.training.meter import Meter, Work, peak_flops
 from stages.training.saving import Checkpoints
 
 
-class Fed(Checkpoints):
-    """Mixin before a TRL trainer.
+@dataclass
+class Scored:
+    """What a micro-batch came to, as sums, so that it does not matter how a step is cut into micro-batches and workers.
 
-    `token_normalised` says that the trainer's loss is divided by what the whole step holds. Otherwise it is a mean over the
-    micro-batch, which is weighted here so that a step's loss is the mean over all its rows, whatever the micro-batches
-    (transformers#34191).
+    `terms` (k,) are the parts of its loss; each is divided by what the whole step holds of the number in the same place of
+    the batch's `loss_share` (trained tokens, pairs). `metrics`: name -> (2,), a sum and what it is divided by.
     """
 
-    token_normalised = False
+    terms: Any
+    metrics: dict[str, Any]
+    outputs: Any
+
+
+class Fed(Checkpoints):
+    """Mixin before a TRL trainer, which says what a micro-batch's loss is (`score`).
+
+    A step's loss is then the same whatever the micro-batches (transformers#34191), and so is every metric.
+    """
+
+    loss_is_scaled_for_ga = True  # it is divided by what all micro-batches of a step hold
     job: TrainJob
     loader: FeedLoader
     args: Any
     accelerator: Any
     state: Any
+    router_aux_loss_coef: float
+    current_gradient_accumulation_steps: int
+
+    def score(self, model: Any, inputs: dict[str, Any]) -> Scored:
+        raise NotImplementedError
+
+    def held_out_loss(self, scored: Scored, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        """(terms, shares) of the loss that is told of held-out rows."""
+        return scored.terms, inputs["loss_share"]
+
+    def before_step(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Called with this worker's micro-batches of a step before the first is scored, and with those of an evaluation."""
+
+    def begin(self) -> None:
+        """Called on every worker when the model is in its place, before the first step."""
+
+    def watch(self) -> dict[str, float]:
+        """Metrics of the model as it is, besides those of held-out rows; taken with them."""
+        return {}
+
+    def finish(self) -> tuple[dict[str, float], list[str]]:
+        """Metrics of the trained model, and warnings. Called on every worker, before the export."""
+        held_out = evaluate_held_out(self) if self.job.held_out else {}
+        return held_out | self.watch(), []
+
+    @property
+    def hopeless(self) -> float:
+        """A loss that no data explains (guard.py)."""
+        return 5.0
 
     def join(self, job: TrainJob, loader: FeedLoader) -> None:
         """Take up the job: to be called once, before training."""
         self.job, self.loader = job, loader
         model = self.accelerator.unwrap_model(self.model)
         self.meter = loader.meter = Meter(Work.of(model), peak_flops())
-        vocabulary = model.config.get_text_config().vocab_size
-        hopeless = math.log(vocabulary) if self.token_normalised else 5.0
-        self.guard = Guard(job.work, hopeless, self.args.process_index, self.args.world_size)
+        self.guard = Guard(job.work, self.hopeless, self.args.process_index, self.args.world_size)
+        self._metric_sums: dict[str, Any] = {}  # of metrics, since the last log
         self._step_loss: Any = 0.0  # of this worker, in the step that is being made
         self._step_inputs: list[dict[str, Any]] = []
 
@@ -50,16 +88,26 @@ class Fed(Checkpoints):
 
     # -- the step
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+        """(k,): what the step holds over all workers."""
+        import torch
+
+        self.before_step(batch_samples)
+        shares = torch.tensor([batch["loss_share"] for batch in batch_samples], device=device)
+        return self.accelerator.reduce(shares.view(len(batch_samples), -1).sum(0), "sum")
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        weight, uneven = inputs.get("row_weight", 1.0), inputs.get("ragged", False)
-        inputs = {k: v for k, v in inputs.items() if k not in OF_THE_FEED}
-        with ragged_gathers(self.accelerator, weight > 0) if uneven else nullcontext():
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if self.token_normalised or weight == 1.0:
-            return loss
-        return (loss[0] * weight, loss[1]) if return_outputs else loss * weight
+        scored = self.score(model, inputs)
+        # The mean that DDP and DeepSpeed take over workers is undone.
+        loss = (scored.terms / num_items_in_batch.clamp(min=1e-6)).sum() * self.accelerator.num_processes
+        if getattr(
+            self, "aux_loss_enabled", False
+        ):  # load balance of a mixture of experts: a mean over each micro-batch
+            loss = loss + self.router_aux_loss_coef * scored.outputs.aux_loss / self.current_gradient_accumulation_steps
+        add_metrics(self._metric_sums, scored.metrics)
+        return (loss, scored.outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
@@ -97,6 +145,8 @@ class Fed(Checkpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.meter.read(self._sum, self.accelerator.num_processes)
+            logs |= self.means(self._metric_sums)
+            self._metric_sums = {}
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _sum(self, numbers: list[float]) -> list[float]:
@@ -107,10 +157,20 @@ class Fed(Checkpoints):
             return numbers
         return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
 
+    def means(self, sums: dict[str, Any]) -> dict[str, float]:
+        """Of metrics, over all workers; those that nothing was counted for are left out."""
+        import torch
+
+        if not sums:
+            return {}
+        flat = self._sum(torch.stack(list(sums.values())).double().flatten().tolist())
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        return {name: round(total / count, 6) for name, (total, count) in zip(sums, pairs, strict=True) if count}
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The held-out rows; called by the trainer as `eval_strategy` says."""
         with self.meter.paused():
-            metrics = evaluate_held_out(self)
+            metrics = evaluate_held_out(self) | self.watch()
         self.model.eval()  # TRL logs what it has gathered for the mode the model is in
         self.log(metrics)
         self.model.train()
@@ -151,31 +211,6 @@ class Fed(Checkpoints):
         return self.lr_scheduler
 
 
-@contextmanager
-def ragged_gathers(accelerator: Any, real: bool) -> Iterator[None]:
-    """Let TRL gather its metrics from workers that hold different numbers of rows.
-
-    Its compute_loss gathers (rows, ...) tensors, which crashes gloo where the rows differ between workers. Here each is
-    padded for the way and cut again; a worker without `real` rows adds none.
-    """
-    import torch
-
-    gather = accelerator.gather
-
-    def ragged(tensor: Any) -> Any:
-        if tensor.ndim == 0 or accelerator.num_processes == 1:
-            return gather(tensor)
-        rows = tensor.shape[0] if real else 0
-        sizes = gather(torch.tensor([rows], device=tensor.device)).tolist()
-        if not max(sizes):
-            return tensor
-        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
-        padded[:rows] = tensor[:rows]
-        parts = gather(padded).split(max(sizes))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    accelerator.gather = accelerator.gather_for_metrics = ragged
-    try:
-        yield
-    finally:
-        del accelerator.gather, accelerator.gather_for_metrics
+def add_metrics(sums: dict[str, Any], metrics: dict[str, Any]) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums[name] + value if name in sums else value

@@ -132,7 +132,8 @@ Row = dict[str, Any]
 
 def length(row: Row) -> int:
     """Tokens of a row: of a pair its prompt and both answers."""
-    return sum(len(row[name]) for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in row)
+    names = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+    return sum(len(row[name]) for name in names if name in row)
 
 
 class Feed:
@@ -222,10 +223,8 @@ class Feed:
             rows = self._take(*self.span(self.step))
             self.step += 1
             size = self.shares.batch_size
-            if (
-                self.shares.accumulation > 1
-            ):  # the same step with less padding: what shares a micro-batch does not matter
-                rows.sort(key=length)
+            if self.shares.accumulation > 1:
+                rows.sort(key=length)  # the same step with less padding: what shares a micro-batch does not matter
             yield from (rows[i * size : (i + 1) * size] for i in range(self.shares.accumulation))
 
     def _take(self, epoch: int, start: int, end: int) -> list[Row]:
@@ -283,16 +282,14 @@ Collator = Callable[[list[Row]], dict[str, Any]]
 
 
 # What a batch carries besides the model's inputs.
-OF_THE_FEED = ("rows", "row_weight", "ragged", "tokens", "loss_share")
+OF_THE_FEED = ("rows", "tokens", "loss_share")
 
 
 class FeedLoader:
     """The feed as the dataloader that transformers' Trainer wants: collated micro-batches, with a length.
 
-    A micro-batch carries its number of `rows`, and `row_weight`, by which a mean over its rows must be multiplied for the
-    mean over workers and accumulation steps to be the mean over all rows of the step (it is not 1 only in an epoch's last
-    step). An empty one is a placeholder row of weight 0, since every worker must run the same number of backward passes.
-    `ragged` says that workers may hold different numbers of rows in this step.
+    A micro-batch carries its number of `rows`. An empty one is a placeholder row, which weighs nothing in the loss, since every
+    worker must run the same number of backward passes.
     """
 
     def __init__(self, feed: Feed, collate: Collator, placeholder: Row) -> None:
@@ -303,8 +300,6 @@ class FeedLoader:
         return self.feed.micro_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        shares = self.feed.shares
-        micro_batches_per_step = shares.workers * shares.accumulation
         batches = iter(self.feed)
         if self.meter is not None and not any(self.meter.counts.values()):
             self.meter.since = time.perf_counter()  # what was done before the first batch is not training
@@ -313,11 +308,8 @@ class FeedLoader:
             rows = next(batches, None)
             if rows is None:
                 return
-            step_rows = self.feed.rows_in_step(self.feed.step - 1)
             batch = self.collate(rows or [self.placeholder])
             batch["rows"] = len(rows)
-            batch["row_weight"] = len(rows) * micro_batches_per_step / step_rows
-            batch["ragged"] = step_rows < shares.rows_per_step
             if self.meter is not None:
                 self.meter.batch(batch)
                 self.meter.wait(time.perf_counter() - asked)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stages.training.answers import Layout, best_layout
 from stages.training.checkpoint import Saved
 from stages.training.feed import Group, Row
 from stages.training.kernels import Attention, Kernels, worker_kernels
@@ -16,7 +17,14 @@ from stages.training.tuning import quantization_config
 
 PLACEHOLDERS: dict[str, Row] = {
     "conversation": {"input_ids": [0, 0], "labels": [-100, -100], "weights": None},
-    "preference": {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]},
+    "preference": {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "placeholder": True},
+    "labelled": {
+        "prompt_ids": [0],
+        "completion_ids": [0],
+        "kl_completion_ids": [0],
+        "label": True,
+        "placeholder": True,
+    },
 }
 
 
@@ -50,9 +58,13 @@ class TrainJob:
     options: dict[str, Any] = field(default_factory=dict)  # what one kind of stage tells its own `build`
 
     @property
+    def single_placeholder(self) -> Row:
+        """As a row that is no pack: held-out rows are none."""
+        return PLACEHOLDERS[self.task]
+
+    @property
     def placeholder(self) -> Row:
-        row = PLACEHOLDERS[self.task]
-        return row | {"lengths": [2]} if self.packed else row
+        return self.single_placeholder | ({"lengths": [2]} if self.packed else {})
 
 
 @dataclass
@@ -98,6 +110,15 @@ class TrainerParts:
         if self.job.quantization is None:
             return {}
         return {"quantization_config": quantization_config(self.job.quantization, self.on_cpu)}
+
+    def multiple(self) -> int | None:
+        """Of what rows are padded to; TRL's default `auto` is a matter of GPUs' tensor cores, which we leave to the user."""
+        given = self.job.arguments.get("pad_to_multiple_of")
+        return given if isinstance(given, int) else None
+
+    def layout(self, model: Any) -> Layout:
+        """How answers are laid out for this model; it may be switched to attention by documents."""
+        return best_layout(model, self.kernels.attention.name, self.on_cpu, self.job.attention)
 
     def eval_dataset(self, args: Any) -> Any:
         """Something that transformers takes for a dataset to evaluate on; the rows come from the feed."""

@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning, as pure functions beside their formulas.
+"""The loss of supervised fine-tuning, as pure functions beside their formulas, and log-probabilities of tokens.
 
 With y_n the trained tokens of example n (a conversation, or a document of a pack) and w_t their weights (1 if not said),
 over all examples of an optimiser step, on whatever workers and in whatever micro-batches they are:
@@ -122,3 +122,55 @@ def _function() -> Any:
             return gradient.mul_(upstream), None, None, None, None
 
     return CrossEntropy
+
+
+def token_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p_t of each token, and log sum_v p_v^2 of its distribution (which WPO weighs by), without a gradient.
+
+    As `cross_entropy`, the gradient is written over `logits`: nothing else of their size is held.
+
+    Args:
+        logits: (tokens, vocabulary), of any float type.
+        targets: (tokens,) ids.
+
+    Returns:
+        Two times (tokens,) float32.
+    """
+    return _logps_function().apply(logits, targets)
+
+
+@cache
+def _logps_function() -> Any:
+    import torch
+
+    class TokenLogps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            size = max(1, BLOCK // max(logits.shape[-1], 1))
+            norms, logps, squares = [], [], []
+            for block, target in zip(logits.split(size), targets.split(size), strict=True):
+                whole = block.float()
+                norm = whole.logsumexp(-1)
+                norms.append(norm)
+                logps.append(whole.gather(1, target[:, None]).squeeze(1) - norm)
+                squares.append((2 * whole).logsumexp(-1) - 2 * norm)
+            norm, logp, square = (torch.cat(parts) for parts in (norms, logps, squares))
+            if ctx.needs_input_grad[0]:
+                ctx.logits, ctx.norm, ctx.targets, ctx.size = logits, norm, targets, size
+            ctx.mark_non_differentiable(square)
+            return logp, square
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
+            logits, ctx.logits = ctx.logits, None
+            if logits is None:
+                raise RuntimeError("the gradient of these log-probabilities was already used: it can be taken once")
+            parts = (x.split(ctx.size) for x in (logits, ctx.norm, ctx.targets, upstream))
+            for block, norm, target, g in zip(*parts, strict=True):  # d log p_t / d logits = onehot - p
+                gradient = (block.float() - norm[:, None]).exp_().mul_(-g[:, None])
+                gradient.scatter_add_(1, target[:, None], g[:, None])
+                block.copy_(gradient)
+            return logits, None
+
+    return TokenLogps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -29,6 +30,7 @@ from stages.training.export import template_hash
 from stages.training.job import Build, TrainJob
 from stages.training.kernels import Attention
 from stages.training.launch import launch, quiet_ray
+from stages.training.reference import References, with_reference
 from stages.training.trainer import import_trainers, train_on_worker
 from stages.training.tuning import Full, Lora, QLora, adapter_options, checked_architecture, rows_problem
 from stages.training.universal import for_universal, go_on_from
@@ -126,17 +128,28 @@ class TrainStage(Stage):
             **self.mask.options(),
         )
 
+    def check_data(self, data: Prepared) -> list[str]:
+        """Warnings. Raises DataError for data that the stage cannot be trained on."""
+        return []
+
     def lora(self) -> dict[str, Any] | None:
         """PEFT's options, or None for full training."""
         return None if isinstance(self.tuning, Full) else self.tuning.given()
 
 
 def run_training(
-    stage: TrainStage, ctx: StageContext, build: Build, options: dict[str, Any] | None = None
+    stage: TrainStage,
+    ctx: StageContext,
+    build: Build,
+    options: dict[str, Any] | None = None,
+    references: References | None = None,
 ) -> StageResult:
     """Prepare the data, train on the workers, and leave model, ledger and metrics in `ctx.work`.
 
-    `build` makes the stage's trainer on each worker; `options` are what it needs besides the job.
+    Args:
+        build: makes the stage's trainer on each worker.
+        options: what that needs besides the job.
+        references: what it needs of the model the stage was given, run over the data before.
     """
     quiet_ray()
     ctx.report.phase("prepare")
@@ -179,6 +192,12 @@ def run_training(
         code=ctx.code,
         options=options or {},
     )
+    facts: dict[str, Any] = {}
+    if references is not None:
+        ctx.report.phase("reference")
+        count = lambda done, total: ctx.report.progress(done, total, "row group")  # noqa: E731
+        seen, facts["reference"] = with_reference(data, references, job, ctx, count)
+        job = replace(job, groups=seen.row_groups(), held_out=seen.row_groups("eval"))
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
     outcome = launch(
         train_on_worker,
@@ -189,7 +208,9 @@ def run_training(
     )
     shutil.rmtree(ctx.work / "base", ignore_errors=True)  # its rows are in the export
     tuned = {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]}
-    return result_of(data, outcome, {"consumption": consumed(ctx.work, data.rows), "tuning": tuned})
+    facts |= {"consumption": consumed(ctx.work, data.rows), "tuning": tuned}
+    facts["training_warnings"] = [*stage.check_data(data), *outcome["warnings"]]
+    return result_of(data, outcome, facts)
 
 
 def prepared(stage: TrainStage, ctx: StageContext, tokenizer: Any) -> Prepared:
@@ -205,6 +226,7 @@ def prepared(stage: TrainStage, ctx: StageContext, tokenizer: Any) -> Prepared:
     imports.join()
     write_ledger(data, ctx.work)
     check_lost(data.manifest["ledger"], stage.max_dropped, refuse_long=stage.truncation == "refuse")
+    stage.check_data(data)
     if stage.train.given().get("eval_strategy", "no") != "no" and not data.row_groups("eval"):
         raise DataError(
             f"eval_strategy: no row of {data.rows} was held out by `eval`, so there is nothing to evaluate on; hold out more"

@@ -9,13 +9,12 @@ from typing import Any
 from stages.base import Reporter
 from stages.training import documents
 from stages.training.deepspeed import init_deepspeed
-from stages.training.evaluation import evaluate_held_out
 from stages.training.export import save_model
 from stages.training.feed import Feed, FeedLoader, Position, Shares, total_steps
 from stages.training.job import PLACEHOLDERS, Build, TrainerParts, TrainJob
 from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
 from stages.training.tuning import settle_quantized
-from stages.training.watch import report_callback
+from stages.training.watch import begin_callback, report_callback
 
 
 def import_trainers() -> None:
@@ -64,14 +63,13 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     # Of a finished checkpoint the feed gives nothing more to train.
     trainer.train(resume_from_checkpoint=str(job.resume.path) if job.resume else None)
     seconds = time.time() - started
-    held_out = evaluate_held_out(trainer) if job.held_out else {}
+    finished, warnings = trainer.finish()
     if rank == 0:
-        if held_out:
-            Reporter(job.work).final(trainer.state.global_step, held_out)
+        if finished:
+            Reporter(job.work).final(trainer.state.global_step, finished)
         Reporter(job.work).phase("export")
-    if averaged := getattr(
-        trainer.optimizer, "eval", None
-    ):  # schedule-free optimizers are done with an average of weights
+    # Schedule-free optimizers are done with an average of weights.
+    if averaged := getattr(trainer.optimizer, "eval", None):
         averaged()
     exported = save_model(trainer, job, rank)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -83,7 +81,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         "kernels": trainer.kernels,
         "export": exported,
         "checkpoints": {"saved": trainer.writer.saved, "blocked_seconds": round(trainer.writer.blocked, 3)},
-        "last": (history[-1] if history else {}) | held_out,
+        "last": (history[-1] if history else {}) | finished,
+        "warnings": warnings,
         "first": history[0] if history else {},
     }
 
@@ -107,6 +106,7 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
         settle_quantized(trainer.model)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(report_callback(job.work))
+    trainer.add_callback(begin_callback(trainer))
     trainer.kernels = parts.kernels.facts()
     if trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation == documents.NAME:
         trainer.kernels["attention"] += ", each document alone"

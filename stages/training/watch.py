@@ -32,3 +32,14 @@ def report_callback(work: Path) -> Any:
                 self.reporter.metrics(state.global_step, {k: v for k, v in logs.items() if k != "step"})
 
     return Report()
+
+
+def begin_callback(trainer: Any) -> Any:
+    """`trainer.begin()` once the model is where it will be trained."""
+    from transformers import TrainerCallback
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            trainer.begin()
+
+    return Begin()
