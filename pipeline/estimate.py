@@ -158,14 +158,14 @@ def prepared_amount(plan: Plan, planned: PlannedStage, stage: TrainStage) -> tup
 
 
 def longest_sequence(data: Prepared) -> int | None:
-    """Tokens of the longest row; of pairs, of the prompt with its longer answer."""
-    sides = ("chosen_ids", "rejected_ids")
+    """Tokens of the longest row; of answers, of the prompt with the longest of them."""
     longest = 0
     for shard in data.manifest["shards"]:
         names = pq.read_schema(data.path / shard["file"]).names
         if "input_ids" in names:
             return int(data.manifest["longest"])
-        if not {"prompt_ids", *sides} <= set(names):
+        sides = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in names]
+        if not sides:
             return None
         table = pq.read_table(data.path / shard["file"], columns=["prompt_ids", *sides])
         prompt, *answers = (pc.list_value_length(table[name]) for name in ("prompt_ids", *sides))

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.inspection import Inspection, as_json, inspect, page, terminal, words
-from pipeline.inspection.examples import Example, Piece, Watched, examples_of, offsets, places_kept, visible
+from pipeline.inspection.examples import Example, Piece, Watched, examples_of, is_pair, offsets, places_kept, visible
 from pipeline.inspection.looking import Look, Part, histogram, look, percentiles
 from pipeline.plan import make_plan
 from pipeline.spec_reader import load_spec
@@ -46,6 +46,8 @@ ROWS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "pair": ("preference", "preference", PAIR, {}),
     "pair cut left": ("preference", "preference", PAIR, {"max_length": 30, "truncation": "left"}),
     "labelled": ("kto", "labelled", {"prompt": DIALOG[:-1], "completion": DIALOG[-1:], "label": False}, {}),
+    "pair split": ("preference", "labelled", PAIR, {}),
+    "pair split, cut": ("preference", "labelled", PAIR, {"max_length": 30, "truncation": "left"}),
 }  # fmt: skip
 
 
@@ -70,7 +72,7 @@ def test_what_is_shown_is_what_is_trained(tokenizer: Any, name: str) -> None:
     if task == "preference":
         wanted = [(made["prompt_ids"], made["chosen_ids"]), (made["prompt_ids"], made["rejected_ids"])]
     elif task == "labelled":
-        wanted = [(made["prompt_ids"], made["completion_ids"])]
+        wanted = [(made["prompt_ids"], made["completion_ids"]) for made in outcome.examples]
     elif task == "prompt":
         wanted = [(made["prompt_ids"], [])]
     else:
@@ -128,6 +130,22 @@ def test_a_pair_has_its_prompt_once(tokenizer: Any) -> None:
     (chosen, _), _ = shown(tokenizer, *ROWS["pair cut left"])
     assert chosen.cut[0] > 0 and chosen.cut[1] == 0
     assert chosen.text.endswith("assistant\n" + DIALOG[-1]["content"] + "<|im_end|>")
+
+
+def test_a_pair_that_is_split_shows_its_prompt_once_and_which_answer_is_wanted(tokenizer: Any) -> None:
+    row, _ = shown(tokenizer, *ROWS["pair split"])
+    assert is_pair(row) and [example.answer for example in row] == ["wanted", "unwanted"]
+    pair, _ = shown(tokenizer, *ROWS["pair"])
+    assert [example.text for example in row] == [example.text for example in pair]
+    assert not is_pair(shown(tokenizer, *ROWS["labelled"])[0])
+
+
+def test_a_margin_is_shown(tokenizer: Any) -> None:
+    format, task, row, options = ROWS["pair"]
+    (chosen, _), _ = shown(tokenizer, format, task, row | {"margin": 1.5}, dict(options))
+    assert chosen.as_json()["margin"] == 1.5 and words.margin(chosen) == "margin 1.5"
+    (chosen, _), _ = shown(tokenizer, *ROWS["pair"])
+    assert "margin" not in chosen.as_json() and words.margin(chosen) == ""
 
 
 def test_what_a_cut_leaves() -> None:
@@ -274,6 +292,23 @@ def test_the_terminal_with_colours(hostile: list[Inspection]) -> None:
     assert "\x1b[30;42m" in text and "⟦" not in text
     assert "\x1b[31m\x07" not in text
     assert "⟦" in printed(hostile, force_terminal=True, color_system="standard", no_color=True, _environ={})
+
+
+def test_labelled_answers_and_split_pairs(tmp_path: Path, tokenizer: Any) -> None:
+    paths = [
+        write_jsonl(tmp_path / "pairs.jsonl", [PAIR]),
+        write_jsonl(tmp_path / "kto.jsonl", [{"prompt": "a?", "completion": "b", "label": False}]),
+    ]
+    sources = [DataSource(path=str(path)) for path in paths]
+    recipe = Recipe("labelled", tokenizer_spec(tokenizer))
+    kto = Inspection("kto", "kto", look(Part(recipe, sources, resolve_formats(sources), 0.01), 3))
+    text = printed([kto])
+    assert "2 kept as 3 examples (1 wanted, 2 unwanted)" in text
+    assert text.count(DIALOG[1]["content"]) == 1
+    beside = next(line for line in text.splitlines() if line.startswith("wanted"))
+    assert "unwanted" in beside and "kto.jsonl:1 (unwanted)" in text
+    html = page.render([kto], "kto")
+    assert 'class="wanted"' in html and 'class="unwanted"' in html
 
 
 def test_long_rows_lose_their_middle() -> None:

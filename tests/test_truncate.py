@@ -48,7 +48,23 @@ def test_pairs_are_cut_on_both_sides_alike() -> None:
     assert cut_both_answers(pair, 6, "left", None) == (pair | {"prompt_ids": [2, 3, 4]}, "truncated")
     assert cut_both_answers(pair, 6, "left", 1) == (pair | {"prompt_ids": [1, 3, 4]}, "truncated")
     assert cut_both_answers(pair, 6, "right", None) == (pair | {"rejected_ids": [5, 7]}, "stop_token_cut")
-    assert isinstance(cut_both_answers(pair, 3, "left", None), Refused)  # no room for a prompt
-    assert isinstance(cut_both_answers(pair, 4, "right", None), Refused)  # none for an answer
     same = cut_both_answers(pair, 5, "right", None)
-    assert isinstance(same, Refused) and same.reason == "equal_when_cut"
+    assert isinstance(same, Refused) and same.reason == "equal_answers" and same.detail.startswith("once cut")
+
+
+@pytest.mark.parametrize(
+    ("how", "length", "reason"),
+    [
+        ("drop", 6, "too_long"),
+        ("refuse", 5, "too_long"),
+        ("drop", 4, "prompt_too_long"),  # no room for an answer
+        ("refuse", 3, "prompt_too_long"),
+        ("right", 4, "prompt_too_long"),
+        ("left", 3, "too_long"),  # the prompt may be cut, but the answer leaves nothing of it
+    ],
+)
+def test_a_prompt_that_leaves_no_room_is_told_from_a_long_answer(how: Any, length: int, reason: str) -> None:
+    refused = cut_both_answers({"prompt_ids": [1, 2, 3, 4], "completion_ids": [5, 6, 7]}, length, how, None)
+    assert isinstance(refused, Refused) and refused.reason == reason
+    assert refused.detail.startswith("4 tokens" if reason == "prompt_too_long" else "7 tokens")
+    assert refused.detail.endswith(f"max_length is {length}")

@@ -63,6 +63,7 @@ class Example:
     tokens: list[Token]
     trained_tokens: int
     answer: str = ""  # chosen, rejected; wanted, unwanted
+    margin: float | None = None  # how much better the chosen answer is said to be
     answer_at: int | None = None  # where the answer begins
     cut: tuple[int, int] = (0, 0)  # tokens that are left out at the beginning and at the end
     weights: list[float] = field(default_factory=list)  # of the loss, where they are not all 1
@@ -80,7 +81,8 @@ class Example:
         more = {"answer": self.answer, "expected": self.expected, "weights": self.weights, "warnings": self.warnings}
         cut = {"cut": {"beginning": self.cut[0], "end": self.cut[1]}} if any(self.cut) else {}
         copies = {"copies": self.copies} if self.copies != 1 else {}
-        return row | {key: value for key, value in more.items() if value} | cut | copies
+        margin = {"margin": self.margin} if self.margin is not None else {}
+        return row | {key: value for key, value in more.items() if value} | margin | cut | copies
 
     def pieces(self, start: int = 0, end: int | None = None) -> list[Piece]:
         """The text from `start` to `end`, cut where the speaker changes, where training does, and at control tokens."""
@@ -104,6 +106,11 @@ class Example:
             if token.start >= 0:
                 out.setdefault(token.start, []).append(token.id)
         return out
+
+
+def is_pair(row: Sequence[Example]) -> bool:
+    """Whether these are two answers to one prompt."""
+    return len(row) == 2 and all(example.answer for example in row)
 
 
 def _runs(text: str, marked: list[bool], who: list[str]) -> Iterator[tuple[str, bool, str]]:
@@ -173,7 +180,7 @@ def examples_of(
     outcome = next(
         encode_rows(iter([(number, row)]), file=file, format=format, source=source, recipe=recipe, encoder=encoder)
     )
-    about = {"copies": outcome.copies, "warnings": sorted(outcome.warnings)}
+    about: dict[str, Any] = {"copies": outcome.copies, "warnings": sorted(outcome.warnings)}
     seen = encoder.seen
     if not outcome.examples:
         return []
@@ -185,15 +192,16 @@ def examples_of(
             for one, made in zip(seen, outcome.examples, strict=True)
         ]
     if "chosen_ids" in first:
-        names = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+        answers = [("chosen", first["chosen_ids"]), ("rejected", first["rejected_ids"])]
+        about |= {"margin": first["margin"]}
     elif "completion_ids" in first:
-        names = {"wanted" if first["label"] else "unwanted": "completion_ids"}
+        answers = [("wanted" if made["label"] else "unwanted", made["completion_ids"]) for made in outcome.examples]
     else:
         made = {"input_ids": first["prompt_ids"], "labels": [IGNORE] * len(first["prompt_ids"])} | first
         return [_of_sequence(encoder.prompts[0], made, file, number, encoder, about)]
     return [
-        _of_answer(one, first["prompt_ids"], first[column], name, file, number, encoder, about)
-        for one, (name, column) in zip(seen, names.items(), strict=True)
+        _of_answer(one, first["prompt_ids"], answer, name, file, number, encoder, about)
+        for one, (name, answer) in zip(seen, answers, strict=True)
     ]
 
 

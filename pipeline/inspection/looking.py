@@ -51,6 +51,7 @@ class Stats:
     complete: bool  # whether these are all
     kept: int
     examples: int  # of the kept rows, as often as they are drawn
+    wanted: int  # of these the labelled answers that are
     tokens: int
     trained_tokens: int
     roles: dict[str, dict[str, int]]  # role -> tokens, trained
@@ -98,6 +99,7 @@ class _Tally:
     read: int = 0
     kept: int = 0
     examples: int = 0
+    wanted: int = 0
     tokens: int = 0
     trained: int = 0
     over: int = 0
@@ -122,6 +124,7 @@ class _Tally:
         for row in outcome.examples:
             self.tokens += outcome.copies * length_of(row)
             self.trained += outcome.copies * trained_of(row)
+            self.wanted += outcome.copies * row.get("label", False)
             if recipe.packing:
                 self.packable += [len(row["input_ids"])] * outcome.copies
         if len(self.first[raw.source]) < n:
@@ -247,6 +250,7 @@ def _stats(part: Part, tally: _Tally, roles: dict[str, dict[str, int]]) -> Stats
         complete=tally.complete,
         kept=tally.kept,
         examples=tally.examples,
+        wanted=tally.wanted,
         tokens=tally.tokens,
         trained_tokens=tally.trained,
         roles=roles,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.inspection import Inspection, words
-from pipeline.inspection.examples import Example, Piece, visible
+from pipeline.inspection.examples import Example, Piece, is_pair, visible
 from pipeline.inspection.looking import Stats
 from pipeline.inspection.words import Gap
 
@@ -53,10 +52,6 @@ def render(inspections: list[Inspection], name: str) -> str:
         width=WIDTH,
         height=HEIGHT,
     )
-
-
-def is_pair(row: Sequence[Example]) -> bool:
-    return [example.answer for example in row] == ["chosen", "rejected"]
 
 
 def turns(example: Example, start: int = 0, end: int | None = None) -> list[tuple[str, list[Run]]]:

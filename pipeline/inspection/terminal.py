@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.inspection import Inspection, words
-from pipeline.inspection.examples import Example, Piece, visible
+from pipeline.inspection.examples import Example, Piece, is_pair, visible
 from pipeline.inspection.looking import Bar, Stats
 from pipeline.inspection.words import Gap
 
@@ -49,7 +49,7 @@ def _stage(inspection: Inspection, colours: bool, width: int) -> Group:
 
 
 def _row(examples: list[Example], verb: str, colours: bool, width: int) -> list[RenderableType]:
-    if [example.answer for example in examples] == ["chosen", "rejected"]:
+    if is_pair(examples):
         return _pair(examples, verb, colours, width)
     out: list[RenderableType] = []
     for example in examples:
@@ -63,11 +63,11 @@ def _pair(examples: list[Example], verb: str, colours: bool, width: int) -> list
     """The prompt once, and the two answers beside each other where there is room."""
     first = examples[0]
     prompt = f"{words.where(first.source, first.row)}, prompt"
-    out = [_title(prompt, ""), _turns(first.pieces(0, first.answer_at), colours)]
+    out = [_title(prompt, words.margin(first)), _turns(first.pieces(0, first.answer_at), colours)]
     answers = [_turns(example.pieces(example.answer_at or 0), colours, names=False) for example in examples]
     names = [
         Text.assemble((f"{e.answer}  ", f"bold {colour}"), (words.about(e, verb), "dim"))
-        for e, colour in zip(examples, ("green", "red"), strict=True)
+        for e, colour in zip(examples, ("green", "red"), strict=True)  # the better one stands first
     ]
     if width < SIDE_BY_SIDE:
         return out + [part for pair in zip(names, answers, strict=True) for part in pair]

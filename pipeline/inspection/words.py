@@ -78,6 +78,11 @@ def about(example: Example, verb: str) -> str:
     return "; ".join([*said, *(f"warning: {code}" for code in example.warnings)])
 
 
+def margin(example: Example) -> str:
+    """Of a pair that says how much better its chosen answer is."""
+    return "" if example.margin is None else f"margin {example.margin:g}"
+
+
 def title(inspection: Inspection) -> str:
     what = {"preference": "pairs", "labelled": "labelled answers", "prompt": "prompts"}
     of = what.get(inspection.stats.task, "conversations")
@@ -89,6 +94,8 @@ def looked_at(inspection: Inspection) -> str:
     stats, verb = inspection.stats, inspection.verb
     read = f"all {rows(stats.read)}" if stats.complete else f"{rows(stats.read)}, the first of each source,"
     kept = f"{stats.kept:,} kept" + (f" as {stats.examples:,} examples" if stats.examples != stats.kept else "")
+    if stats.task == "labelled":
+        kept += f" ({stats.wanted:,} wanted, {stats.examples - stats.wanted:,} unwanted)"
     return f"{read} looked at, {kept}: {stats.tokens:,} tokens, {stats.trained_tokens:,} of them {verb} ({stats.share:.1%})"
 
 

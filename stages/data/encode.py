@@ -31,7 +31,8 @@ from stages.data.source import DataSource, shaped
 from stages.data.truncate import Truncation, cut_both_answers, cut_to, too_long
 
 OWN_WEIGHT = ("train", "weight")
-DATA_VERSION = 2  # raised when the same input would be prepared differently
+ONLY_STOP = "has no token but its stop token once rendered"
+DATA_VERSION = 3  # raised when the same input would be prepared differently
 BATCH_ROWS = 512  # rows encoded together
 WARNINGS = spans.WARNINGS | truncate.WARNINGS  # code -> what it means; counted in the manifest of prepared data
 PRINTED_DATE = datetime.datetime(2026, 1, 1)  # what templates that print today's date print, where the spec names none
@@ -41,8 +42,8 @@ Row = dict[str, Any]
 WANTS: dict[Task, tuple[type, ...]] = {
     "conversation": (Conversation, Text, Tokens),
     "preference": (Preference,),
-    "labelled": (Labelled,),
-    "prompt": (Prompt, Conversation),
+    "labelled": (Labelled, Preference),
+    "prompt": (Prompt, Conversation, Preference, Labelled),
     "evaluation": (Conversation, Text, Tokens, Prompt),
 }
 
@@ -232,19 +233,43 @@ def _preferences(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -
         if isinstance(chosen, Refused) or isinstance(rejected, Refused):
             yield chosen if isinstance(chosen, Refused) else rejected  # type: ignore[misc]
             continue
-        (prompt, good), (other, bad) = _prompt_and_answer(chosen), _prompt_and_answer(rejected)
-        if prompt != other:
+        sides = {"chosen": chosen, "rejected": rejected}
+        (prompt, good), (other, bad) = map(_prompt_and_answer, sides.values())
+        if silent := [name for name, side in sides.items() if _only_stop(side)]:
+            yield Refused("empty_answer", f"{silent[0]} {ONLY_STOP}")
+        elif prompt != other:
             yield Refused("different_prompts", "the tokens before the answers differ")
         elif good == bad:
             yield Refused("equal_answers", "the same tokens once rendered")
         else:
-            row: Row = {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad}
+            row: Row = {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, "margin": record.margin}
             stops = frozenset(stop for stop in (chosen.stop, rejected.stop) if stop is not None)
             yield _answers_cut(row, chosen.warnings | rejected.warnings, stops, encoder, recipe)
 
 
 def _labelled(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
-    """`prompt_ids`, `completion_ids` to the end of its stop token, and whether it is wanted."""
+    """`prompt_ids`, `completion_ids` to the end of its stop token, and whether it is wanted.
+
+    A pair becomes two of them, after the same prompt, if it can be used as a pair.
+    """
+    pairs = _preferences([record for record in records if isinstance(record, Preference)], encoder, recipe)
+    answers = _labelled_answers([record for record in records if isinstance(record, Labelled)], encoder, recipe)
+    for record in records:
+        yield next(answers) if isinstance(record, Labelled) else _split(next(pairs))
+
+
+def _split(pair: Examples | Refused) -> Examples | Refused:
+    if isinstance(pair, Refused):
+        return pair
+    rows = [
+        {"prompt_ids": row["prompt_ids"], "completion_ids": row[side], "label": label}
+        for row in pair.rows
+        for side, label in (("chosen_ids", True), ("rejected_ids", False))
+    ]
+    return Examples(rows, pair.warnings, pair.stops)
+
+
+def _labelled_answers(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
     conversations = [[*r.prompt, _unweighted(r.completion)] for r in records]
     each = encoder.encode_each(conversations, [r.tools for r in records])
     for record, (result,) in zip(records, each, strict=True):
@@ -253,6 +278,9 @@ def _labelled(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> I
             continue
         if isinstance(result, Refused):
             yield result
+            continue
+        if _only_stop(result):
+            yield Refused("empty_answer", f"completion {ONLY_STOP}")
             continue
         prompt, completion = _prompt_and_answer(result)
         row: Row = {"prompt_ids": prompt, "completion_ids": completion, "label": record.label}
@@ -269,6 +297,11 @@ def _prompt_and_answer(encoded: Encoded) -> tuple[list[int], list[int]]:
     return encoded.input_ids[: trained[0]], encoded.input_ids[trained[0] : trained[-1] + 1]
 
 
+def _only_stop(encoded: Encoded) -> bool:
+    """Whether nothing but its stop token is trained of the answer: its text is in a token that begins in the prompt."""
+    return encoded.stop is not None and encoded.trained == 1
+
+
 def _answers_cut(
     row: Row, warnings: frozenset[str], stops: frozenset[int], encoder: ChatEncoder, recipe: Recipe
 ) -> Examples | Refused:
@@ -282,18 +315,25 @@ def _answers_cut(
 
 
 def _prompts(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> Iterator[Examples | Refused]:
-    """The text after which an answer is to be sampled; the row's other columns go to reward functions, as JSON."""
+    """The text after which an answer is to be sampled, and what stands behind it, as JSON: the messages and tools, of which
+    a later stage makes conversations, and the row's other columns, which go to reward functions."""
     for record in records:
-        messages, extra = (record.prompt, record.extra) if isinstance(record, Prompt) else (record.messages, {})
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = _question(record)
         if not messages:
             yield Refused("no_prompt", "nothing stands before the answer")
             continue
+        if messages[-1]["role"] == "assistant":
+            yield Refused("ends_with_answer", "the last message before the answer is the assistant's too")
+            continue
+        extra, expected = getattr(record, "extra", {}), getattr(record, "expected", None)
         try:
-            columns = json.dumps(extra, default=str)
+            given = {
+                "messages": json.dumps([_unweighted(message) for message in messages], default=str),
+                "tools": json.dumps(record.tools, default=str) if record.tools else None,
+                "columns": json.dumps(extra, default=str),
+            }
         except (TypeError, ValueError) as error:  # keys that are no strings, numbers that Python will not write
-            yield Refused("wrong_type", f"the row's other columns: {error}")
+            yield Refused("wrong_type", f"the row's columns: {error}")
             continue
         asked = encoder.encode_prompt(messages, record.tools)
         if isinstance(asked, Refused):
@@ -301,8 +341,15 @@ def _prompts(records: Sequence[Any], encoder: ChatEncoder, recipe: Recipe) -> It
         elif recipe.max_length is not None and len(asked.input_ids) > recipe.max_length:
             yield too_long(len(asked.input_ids), recipe.max_length)
         else:
-            row = {"prompt_ids": asked.input_ids, "prompt": asked.text, "expected": record.expected, "columns": columns}
-            yield Examples([row], asked.warnings)
+            row: Row = {"prompt_ids": asked.input_ids, "prompt": asked.text, "expected": expected}
+            yield Examples([row | given], asked.warnings)
+
+
+def _question(record: Any) -> list[Message]:
+    """What stands before the last answer."""
+    if not isinstance(record, Conversation):
+        return record.prompt
+    return record.messages[:-1] if record.messages[-1]["role"] == "assistant" else record.messages
 
 
 _ENCODERS: dict[Task, Any] = {

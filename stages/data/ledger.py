@@ -15,6 +15,7 @@ EXAMPLES = 5  # rows shown per reason
 WORST = 3  # reasons named when too much is lost
 # Reasons that the spec asks for: such rows are in the ledger, but do not count as lost.
 ASKED_FOR = ("filtered", "weight", "duplicate", "held_out")
+LONG = ("too_long", "prompt_too_long")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def check_lost(ledger: dict[str, Any], max_dropped: float, *, refuse_long: bool 
     wanted = ledger["kept"] + total + ledger["reasons"].get("held_out", 0)
     if not ledger["kept"]:
         raise DataError(f"none of the {ledger['read']} rows can be used{_worst(ledger, ledger['reasons'])}")
-    if refuse_long and (long := reasons.get("too_long")):
-        what = f"{long} of {wanted} rows are longer than `max_length`, and `truncation` is refuse"
-        raise DataError(f"{what}{_worst(ledger, {'too_long': long})}\nRaise `max_length`, or set `truncation`.")
+    if refuse_long and (long := {reason: reasons[reason] for reason in LONG if reason in reasons}):
+        what = f"{sum(long.values())} of {wanted} rows are longer than `max_length`, and `truncation` is refuse"
+        raise DataError(f"{what}{_worst(ledger, long)}\nRaise `max_length`, or set `truncation`.")
     if total > max_dropped * wanted:
         what = f"{total} of {wanted} rows ({total / wanted:.1%}) cannot be trained on; `max_dropped` allows {max_dropped:.1%}"
         raise DataError(f"{what}{_worst(ledger, reasons)}\nMend the data or its options, or raise `max_dropped`.")

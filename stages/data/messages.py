@@ -26,6 +26,7 @@ ROLE_OF = {role: role for role in ROLES} | {
 STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 MAX_DEPTH = 64  # of nesting in a tool call, far below what json, pickle and templates recurse to
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+THINK = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 
 
 class Rejected(Exception):
@@ -133,8 +134,7 @@ def message(turn: Any, where: str) -> Message:
 
 
 def _content(content: Any, role: str, calls: list[Any], where: str) -> str:
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    content = _joined(content, where)
     if content is None:
         if not calls:
             raise Rejected("empty_content", f"{where} has no content")
@@ -144,6 +144,13 @@ def _content(content: Any, role: str, calls: list[Any], where: str) -> str:
     if not content.strip() and (role == "user" or (role == "assistant" and not calls)):
         raise Rejected("empty_content", where)
     return str(valid(content, where))
+
+
+def _joined(content: Any, where: str) -> Any:
+    """A content that is given in parts as one text; any other as it is."""
+    if not isinstance(content, list):
+        return content
+    return "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
 
 
 def _part(part: Any, where: str) -> str:
@@ -223,6 +230,25 @@ def transcript(value: Any, field: str, *, open_end: bool = False) -> list[Messag
         {"role": roles[speaker], "content": text(said.strip(), f"{field}, turn {i}")}
         for i, (speaker, said) in enumerate(spoken)
     ]
+
+
+def says_nothing(answer: Any, field: str) -> bool:
+    """Whether an answer is blank and calls no tool: a text, a message, or the last of several or of a transcript.
+
+    Empty tags of reasoning say nothing either.
+    """
+    if isinstance(answer, list):
+        if not answer:
+            return True
+        answer, field = answer[-1], f"{field}[{len(answer) - 1}]"
+    elif is_transcript(answer):
+        answer = SPEAKER.split(answer)[-1]
+    if isinstance(answer, dict):
+        if answer.get("tool_calls") or answer.get("function_call"):
+            return False
+        content = answer.get("value") if answer.get("content") is None else answer["content"]
+        answer = "" if content is None else _joined(content, field)
+    return isinstance(answer, str) and not THINK.sub("", answer).strip()
 
 
 def is_transcript(value: Any) -> bool:

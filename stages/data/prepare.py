@@ -43,11 +43,12 @@ IDS = pa.list_(pa.int32())
 ORIGIN = [("source", pa.string()), ("row", pa.int64())]
 ENCODED = [("input_ids", IDS), ("labels", IDS), ("weights", pa.list_(pa.float32()))]
 PROMPT = [("prompt_ids", IDS), ("prompt", pa.string()), ("expected", pa.string())]
+MARGIN = ("margin", pa.float32())  # null where the data does not say
 SCHEMAS = {
     "conversation": pa.schema([*ENCODED, *ORIGIN]),
-    "preference": pa.schema([("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), *ORIGIN]),
+    "preference": pa.schema([("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), MARGIN, *ORIGIN]),
     "labelled": pa.schema([("prompt_ids", IDS), ("completion_ids", IDS), ("label", pa.bool_()), *ORIGIN]),
-    "prompt": pa.schema([*PROMPT, ("columns", pa.string()), *ORIGIN]),
+    "prompt": pa.schema([*PROMPT, *[(name, pa.string()) for name in ("messages", "tools", "columns")], *ORIGIN]),
     "evaluation": pa.schema([*ENCODED, *PROMPT, *ORIGIN]),
 }
 
@@ -86,12 +87,15 @@ def sources_key(sources: Sequence[DataSource]) -> list[dict[str, Any]]:
     return [
         {
             "files": [[content_hash(file), file.kind, file.gzipped] for file in find_files(source)],
-            **source.model_dump(
-                mode="json", exclude={"path", "format", "split", "name", "revision"}, exclude_none=True
-            ),
+            **options_key(source),
         }
         for source in sources
     ]
+
+
+def options_key(source: DataSource) -> dict[str, Any]:
+    """What a source's options make of its rows."""
+    return source.model_dump(mode="json", exclude={"path", "format", "split", "name", "revision"}, exclude_none=True)
 
 
 def prepare(
@@ -185,6 +189,8 @@ class _Counts:
     longest: int = 0
     held_out: int = 0
     weighted: bool = False
+    margins: int = 0  # pairs that say how much better the chosen answer is
+    wanted: int = 0  # labelled answers that are
     warnings: Counter[str] = field(default_factory=Counter)
     stops: set[int] = field(default_factory=set)
 
@@ -194,6 +200,8 @@ class _Counts:
             length = length_of(row)
             self.longest = max(self.longest, length)
             self.weighted = self.weighted or row.get("weights") is not None
+            self.margins += copies * (row.get("margin") is not None)
+            self.wanted += copies * row.get("label", False)
             self.examples += copies
             self.tokens += copies * length
             self.trained_tokens += copies * trained_of(row)
@@ -406,6 +414,7 @@ class _Making:
             "longest": max((chunk["longest"] for chunk in done), default=0),
             "fill": tokens / (rows * self.recipe.max_length) if packed and self.recipe.max_length else None,
             "weighted": any(chunk["weighted"] for chunk in done),
+            **self._preferences(done),
             "stop_ids": sorted({stop for chunk in done for stop in chunk["stops"]}),
             "warnings": dict(warnings.most_common()),
             "ledger": ledger.summary(read, kept, ledger.read_entries(self.work)),
@@ -415,6 +424,15 @@ class _Making:
             "eval": [chunk["eval"] for chunk in done if chunk["eval"]],
         }
         (self.work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    def _preferences(self, done: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of pairs and labelled answers, how many say what: examples, as often as they are drawn."""
+        if self.recipe.task == "preference":
+            return {"margins": sum(chunk["margins"] for chunk in done)}
+        if self.recipe.task == "labelled":
+            wanted = sum(chunk["wanted"] for chunk in done)
+            return {"labels": {"true": wanted, "false": sum(chunk["examples"] for chunk in done) - wanted}}
+        return {}
 
     def _mixture(self, i: int, source: DataSource, done: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         """What was asked of a source, and what of it is really there."""

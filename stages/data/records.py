@@ -23,7 +23,8 @@ answer an evaluation compares greedy samples with, may stand beside every conver
     {"input_ids": [5, 6, 7]}
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 `preference`: two answers to one prompt. Without `prompt` both are whole conversations (or transcripts) that share it.
-    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+`margin` says how much better the chosen one is.
+    {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
     {"conversations": [{"from": "human", "value": "2+2?"}], "chosen": {"from": "gpt", "value": "4"}, "rejected": {...}}
 `kto`: an answer and whether it is good (true, false, 1, 0).
     {"prompt": "2+2?", "completion": "4", "label": true}
@@ -45,6 +46,7 @@ from stages.data.messages import (
     is_transcript,
     messages,
     parsed,
+    says_nothing,
     text,
     transcript,
     turns,
@@ -58,7 +60,8 @@ __all__ = [
 ]  # fmt: skip
 
 UNTRAINED = -100  # a label, as torch's cross-entropy has it
-MAX_TOKEN = 2**31 - 1  # prepared data holds int32
+MAX_TOKEN = 2**31 - 1  # prepared data holds int32 ...
+MAX_MARGIN = 3e38  # ... and float32
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Preference:
-    """`chosen` and `rejected` are one assistant message each; `prompt` is what stands before both."""
+    """`chosen` and `rejected` are one assistant message each; `prompt` is what stands before both.
+
+    `margin`: how much better `chosen` is, 0 or more, in whatever unit the data has; None where it does not say.
+    """
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
     tools: list[dict[str, Any]] | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def _tokens(row: dict[str, Any]) -> Tokens:
 
 
 def _preference(row: dict[str, Any]) -> Preference:
-    answers = {name: _pair_side(_need(row, name), "assistant", name) for name in ("chosen", "rejected")}
+    answers = {name: _pair_side(_answer(row, name), "assistant", name) for name in ("chosen", "rejected")}
     column = next((name for name in ("prompt", "conversations", "messages") if row.get(name) is not None), None)
     prompt = _pair_side(row[column], "user", column) if column else answers["chosen"][:-1]
     whole = [answer[:-1] for answer in answers.values()]
@@ -228,7 +235,7 @@ def _preference(row: dict[str, Any]) -> Preference:
     chosen, rejected = (_one_answer(answer, name) for name, answer in answers.items())
     if chosen == rejected:
         raise Rejected("equal_answers", str(chosen["content"])[:80])
-    return Preference(_with_system(prompt, row), chosen, rejected, _tools(row))
+    return Preference(_with_system(prompt, row), chosen, rejected, _tools(row), _margin(row))
 
 
 def _kto(row: dict[str, Any]) -> Labelled:
@@ -237,10 +244,10 @@ def _kto(row: dict[str, Any]) -> Labelled:
         raise wrong_type("label", row["label"], "true or false")
     if row.get("completion") is not None:
         prompt = turns(_need(row, "prompt"), "user", "prompt")
-        answer = turns(row["completion"], "assistant", "completion")
+        answer = turns(_answer(row, "completion"), "assistant", "completion")
     else:
         column = next((name for name in ("messages", "conversations") if row.get(name) is not None), "completion")
-        both = messages(_need(row, column), column)
+        both = messages(_answer(row, column), column)
         prompt, answer = both[:-1], both[-1:]
     if not prompt:
         raise Rejected("no_prompt", "nothing stands before the answer")
@@ -349,10 +356,29 @@ def _pair_side(value: Any, role: str, field: str) -> list[Message]:
     return transcript(value, field, open_end=role == "user") if is_transcript(value) else turns(value, role, field)
 
 
+def _answer(row: dict[str, Any], column: str) -> Any:
+    """A column that holds an answer, or a conversation that ends with it."""
+    value = _need(row, column)
+    if says_nothing(value, column):
+        raise Rejected("empty_answer", f"{column} says nothing and calls no tool")
+    return value
+
+
 def _one_answer(answer: list[Message], name: str) -> Message:
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         raise Rejected("not_one_answer", f"{name} must be one assistant message after the prompt")
     return answer[0]
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    margin = row.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise wrong_type("margin", margin, "a number")
+    if not 0 <= margin <= MAX_MARGIN:  # also of nan
+        raise Rejected("out_of_range", "margin must be a number, 0 or more")
+    return float(margin)
 
 
 def _label(value: Any) -> bool | None:

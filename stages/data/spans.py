@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from stages.data.records import Message
+from stages.data.messages import THINK, Message
 from stages.data.shapes import shapes
 from stages.data.template import MARKS, REASONING, ChatTemplate, Marked, MarksMoved, Tools
 
 PROBE = "Zyzzyva"  # a plain answer, put where a header is to be measured
-THINK = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 # An end mark, or two, that are not tokens of this tokenizer.
 MARK_LIKE = re.compile(r"(?:<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\])+|([^\w\s])\1{1,9}")
 

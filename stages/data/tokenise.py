@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from tokenizers import Encoding, Tokenizer
 
 from stages.data.lengths import TokenRange, token_lengths, token_ranges
-from stages.data.spans import THINK, Refused
+from stages.data.messages import THINK
+from stages.data.spans import Refused
 
 IGNORE = -100  # the label of a token that is not trained, as torch's cross-entropy has it
 ControlTokens = Literal["text", "refuse", "allow"]

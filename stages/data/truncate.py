@@ -43,7 +43,10 @@ def cut_to(row: Row, max_length: int, how: Truncation, bos: int | None) -> tuple
 
 
 def cut_both_answers(row: Row, max_length: int, how: Truncation, bos: int | None) -> tuple[Row, str] | Refused:
-    """A prompt with one answer or two, no longer than `max_length` each way: `left` cuts the prompt, `right` the answers."""
+    """A prompt with one answer or two, no longer than `max_length` each way: `left` cuts the prompt, `right` the answers.
+
+    A prompt that leaves no room for an answer is told as that, unless it is what is cut.
+    """
     sides = [k for k in ("chosen_ids", "rejected_ids", "completion_ids") if k in row]
     prompt, longest = row["prompt_ids"], max(len(row[side]) for side in sides)
     if len(prompt) + longest <= max_length:
@@ -51,9 +54,11 @@ def cut_both_answers(row: Row, max_length: int, how: Truncation, bos: int | None
     if how == "left" and (room := max_length - longest) > 0:
         keep_first = bos is not None and prompt[0] == bos and room > 1
         return row | {"prompt_ids": (prompt[:1] if keep_first else []) + prompt[len(prompt) - room + keep_first :]}, CUT
-    if how != "right" or len(prompt) >= max_length:
+    if how != "left" and len(prompt) >= max_length:
+        return Refused("prompt_too_long", f"{len(prompt)} tokens before the answers, max_length is {max_length}")
+    if how != "right":
         return too_long(len(prompt) + longest, max_length)
     cut = {side: row[side][: max_length - len(prompt)] for side in sides}
     if len(sides) == 2 and cut[sides[0]] == cut[sides[1]]:
-        return Refused("equal_when_cut", f"the answers differ only after {max_length} tokens")
+        return Refused("equal_answers", f"once cut: they differ only after {max_length} tokens")
     return row | cut, STOP_CUT

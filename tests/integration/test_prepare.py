@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.estimate import longest_sequence
 from stages.data import chunks
 from stages.data import prepare as preparation
 from stages.data.chat import IGNORE, tokenizer_spec
@@ -80,6 +81,37 @@ def test_pairs_share_their_prompt_and_end_with_the_stop_token(tmp_path: Path, da
         assert row["prompt_ids"] == prompt
         for side in ("chosen", "rejected"):
             assert tokenizer.decode(row[f"{side}_ids"]) == pair[side][0]["content"] + "<|im_end|>"
+
+
+def test_pairs_and_labelled_answers_in_one_dataset(tmp_path: Path, data: Path, tokenizer: Any) -> None:
+    """A pair is one row of the ledger and two examples; what their labels and margins come to is in the manifest."""
+    pairs = [json.loads(line) for line in (data / "pairs.jsonl").open()]
+    pairs[3] |= {"margin": 0.5}
+    pairs[4] |= {"rejected": " "}
+    pairs[5] |= {"margin": "much"}
+    alone = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": i % 3 == 0} for i, pair in enumerate(pairs)
+    ]
+    sources = [
+        DataSource(path=str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), weight=2.0, eval=0.2),
+        DataSource(path=str(write_jsonl(tmp_path / "alone.jsonl", alone))),
+    ]
+    made = prepare(sources, Recipe("labelled", tokenizer_spec(tokenizer)), tmp_path / "prepared")
+    ledger, held = made.manifest["ledger"], made.manifest["ledger"]["reasons"]["held_out"]
+    assert ledger["reasons"] == {"held_out": held, "empty_answer": 1, "wrong_type": 1} and 0 < held < 20
+    assert ledger["read"] == ledger["kept"] + held + 2 == 74
+    rows = made.read()
+    assert len(rows) == made.rows == made.manifest["examples"] == 2 * 2 * (35 - held) + 37
+    labels = Counter(row["label"] for row in rows)
+    assert made.manifest["labels"] == {"true": labels[True], "false": labels[False]}
+    assert sum(rows for _, _, rows in made.row_groups("eval")) == 2 * held
+    assert "margins" not in made.manifest
+    assert longest_sequence(made) == max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+
+    as_pairs = prepare(sources[:1], Recipe("preference", tokenizer_spec(tokenizer)), tmp_path / "prepared")
+    margins = [row["margin"] for row in as_pairs.read() if row["margin"] is not None]
+    assert as_pairs.manifest["margins"] == len(margins) and set(margins) <= {0.5}
+    assert "labels" not in as_pairs.manifest
 
 
 def test_long_rows_go_to_the_ledger_and_are_not_cut(tmp_path: Path, data: Path, tokenizer: Any) -> None:
