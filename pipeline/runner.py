@@ -191,6 +191,7 @@ class _Run:
             "started": time.time(),
             "pid": os.getpid(),
             "stages": stages,
+            "sweeps": self.plan.spec.sweeps,
         }
         self.folder.save_state(self.state)
         for planned in self.plan.stages:

@@ -249,10 +249,21 @@ def fold(stages: dict[str, Any], sweeps: Sweeps) -> dict[str, Any]:
             swept = {path: _distinct([chosen[path] for chosen in settings]) for path in settings[0]}
             for path in swept:
                 stage = _without(stage, path.split("."))
+            swept = {path: _as_sweeps(values, sweeps) for path, values in swept.items()}
             out[first[name]] = {**stage, "sweep": swept}
         elif name not in others:
             out[name] = stage
-    return out
+    return {name: {k: _as_sweeps(v, sweeps) for k, v in stage.items()} for name, stage in out.items()}
+
+
+def _as_sweeps(value: Any, sweeps: Sweeps) -> Any:
+    """A list of models with all variants of a sweep, where they stand one after another, as the sweep."""
+    for sweep, variants in sweeps.items() if isinstance(value, list) else ():
+        each = [f"stages.{variant}" for variant in variants]
+        for at in range(len(value)):
+            if value[at : at + len(each)] == each:
+                value = [*value[:at], f"stages.{sweep}", *value[at + len(each) :]]
+    return value
 
 
 def _distinct(values: list[Any]) -> list[Any]:

@@ -1,7 +1,9 @@
-"""The tables of a run: what is planned, and at its end its stages and the models an evaluation compared."""
+"""The tables of a run: what is planned, and at its end its stages, its sweeps and the models an evaluation compared."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
@@ -10,6 +12,7 @@ from rich.text import Text
 
 from pipeline.artifacts import RunFolder
 from pipeline.progress import brief, number
+from pipeline.sweep import labels, text
 from stages.data.encode import WARNINGS
 from stages.training.memory import PARTS
 
@@ -21,12 +24,21 @@ COLUMNS = {
     "margin": "margin",
     "preference_by": "preference by",
 }
+SHARES = ("exact_match", "stopped", "preference_accuracy")
+# What a sweep's table shows of the variants' own metrics; as `eval_...` where they have that.
+OWN = (
+    "loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "chosen_ratio", "samples/kl", "samples/tokens",
+    "calibration_error", "length_correlation",
+)  # fmt: skip
+# Of these more, or less, is better whatever was swept over. Of the others (margins, KL, lengths) neither is.
+HIGHER = ("exact_match", "stopped", "preference_accuracy", "accuracy", "rewards/accuracies")
+LOWER = ("loss", "calibration_error")
 
 
 def percent(name: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.1f}%" if name in ("exact_match", "stopped", "preference_accuracy") else number(value)
+    return f"{100 * value:.1f}%" if name in SHARES else number(value)
 
 
 def published(folder: RunFolder, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -63,8 +75,15 @@ def warnings(folder: RunFolder) -> list[str]:
         manifest = published(folder, name, record) or {}
         found = (manifest.get("details") or {}).get("warnings") or {}
         out += [f"{name}: {count} rows, {code}: {WARNINGS.get(code, code)}" for code, count in found.items()]
-        out += [f"{name}: {said}" for said in (manifest.get("handoff") or {}).get("warnings") or []]
+        out += [f"{name}: {said}" for said in said_of(manifest)]
     return out
+
+
+def said_of(manifest: dict[str, Any]) -> list[str]:
+    """Warnings of a stage itself and of its handoff."""
+    details = manifest.get("details") or {}
+    own = [said for key in ("training_warnings", "evaluation_warnings") for said in details.get(key) or []]
+    return own + ((manifest.get("handoff") or {}).get("warnings") or [])
 
 
 def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
@@ -75,6 +94,74 @@ def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
         if manifest:
             out.append((name, manifest))
     return out
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """The variants of a sweep side by side; `best` are (row, column) of the best value of a column."""
+
+    name: str
+    columns: list[str]
+    rows: list[list[str]]
+    settings: int  # how many columns after the name are what was swept over
+    best: set[tuple[int, int]]
+
+
+def sweep_tables(folder: RunFolder) -> list[SweepTable]:
+    """A table for each sweep of which a variant is published."""
+    state = folder.state()
+    made = {name: published(folder, name, record) for name, record in state.get("stages", {}).items()}
+    compared = evaluations(folder)
+    tables = []
+    for name, variants in state.get("sweeps", {}).items():
+        columns = _own_columns([(made[v] or {}).get("metrics", {}) for v in variants])
+        for evaluation, manifest in compared:
+            where = f"{evaluation}: " if len(compared) > 1 else ""
+            seen = [manifest["metrics"].get(v, {}) for v in variants]
+            columns += [(c, f"{where}{said}", [m.get(c) for m in seen]) for c, said in COLUMNS.items()]
+        columns = [column for column in columns if any(value is not None for value in column[2])]
+        if columns:
+            tables.append(_sweep_table(name, variants, columns))
+    return tables
+
+
+Column = tuple[str, str, list[Any]]  # metric, heading, value of each variant
+
+
+def _own_columns(metrics: list[Mapping[str, Any]]) -> list[Column]:
+    out = []
+    for metric in OWN:
+        held_out = any(f"eval_{metric}" in m for m in metrics)
+        keys = (
+            [metric, f"eval_{metric}"] if held_out and metric == "loss" else [f"eval_{metric}" if held_out else metric]
+        )
+        heading = metric.removeprefix("rewards/").replace("_", " ")
+        out += [(metric, "eval " * (key != metric) + heading, [m.get(key) for m in metrics]) for key in keys]
+    return out
+
+
+def _sweep_table(name: str, variants: dict[str, dict[str, Any]], columns: list[Column]) -> SweepTable:
+    paths = list(next(iter(variants.values())))
+    said = labels(paths)
+    rows = [
+        [variant, *(text(chosen[path]) for path in paths), *(percent(metric, v[i]) for metric, _, v in columns)]
+        for i, (variant, chosen) in enumerate(variants.items())
+    ]
+    best = {
+        (row, 1 + len(paths) + at) for at, (metric, _, values) in enumerate(columns) for row in _best(metric, values)
+    }
+    return SweepTable(
+        name, ["variant", *(said[path] for path in paths), *(said for _, said, _ in columns)], rows, len(paths), best
+    )
+
+
+def _best(metric: str, values: list[Any]) -> list[int]:
+    """Which values are the best, where they differ."""
+    known = [value for value in values if value is not None]
+    if metric not in HIGHER + LOWER or len(set(known)) < 2:
+        return []
+    best = max(known) if metric in HIGHER else min(known)
+    return [i for i, value in enumerate(values) if value == best]
 
 
 def render_run(folder: RunFolder) -> Group:
@@ -108,7 +195,19 @@ def render_run(folder: RunFolder) -> Group:
         parts.append(table)
         for gate in folder.state()["stages"][name].get("gates", []):
             parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))
-    return Group(*parts)
+    return Group(*parts, *map(_render_sweep, sweep_tables(folder)))
+
+
+def _render_sweep(sweep: SweepTable) -> Table:
+    title = f"\n{sweep.name}: {len(sweep.rows)} variants" + ", * the best of a column" * bool(sweep.best)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(sweep.columns):
+        table.add_column(column, justify="right" if i > sweep.settings else "left")
+    marked = {column for _, column in sweep.best}
+    for r, row in enumerate(sweep.rows):
+        cells = [cell + ("*" if (r, c) in sweep.best else " " * (c in marked)) for c, cell in enumerate(row)]
+        table.add_row(*(Text(cell, style="bold green" * ((r, c) in sweep.best)) for c, cell in enumerate(cells)))
+    return table
 
 
 # ------------------------------------------------------------------------------------------------ `raylign plan`

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.artifacts import RunFolder
 from pipeline.plan import read_metrics
-from pipeline.tables import COLUMNS, evaluations, percent, stage_rows
+from pipeline.tables import COLUMNS, evaluations, percent, said_of, stage_rows, sweep_tables
 from stages.data.encode import WARNINGS
 
 WIDTH, HEIGHT = 560, 120
@@ -27,6 +27,7 @@ def write_report(folder: RunFolder) -> None:
             {"name": n, "gates": folder.state()["stages"][n].get("gates", []), **_evaluation(m)}
             for n, m in evaluations(folder)
         ],
+        sweeps=sweep_tables(folder),
         spec=spec.read_text() if spec.is_file() else "",
     )
     temporary = folder.path / ".report.html.tmp"
@@ -51,7 +52,7 @@ def _details(folder: RunFolder, name: str) -> dict[str, Any]:
         "steps": points[-1][0] if points else None,
         "ledger": details.get("ledger"),
         "warnings": {WARNINGS.get(code, code): count for code, count in (details.get("warnings") or {}).items()},
-        "handoff_warnings": (manifest.get("handoff") or {}).get("warnings") or [],
+        "said": said_of(manifest),
         "kernels": details.get("kernels") or {},
         "mixture": details.get("mixture") or [],
         "model": str(folder.stage(name) / "model") if (folder.stage(name) / "model").is_dir() else None,

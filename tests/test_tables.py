@@ -1,0 +1,105 @@
+"""What a run's tables show, from run folders as the runner leaves them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.artifacts import RunFolder
+from pipeline.report import write_report
+from pipeline.tables import render_run, sweep_tables, warnings
+
+BETAS = (0.05, 0.1, 0.3)
+
+
+def run_folder(path: Path, metrics: dict[str, dict[str, Any]], sweeps: dict[str, Any], **details: Any) -> RunFolder:
+    """A run of dpo stages and, where `eval` is among them, an evaluation, all published."""
+    stages = {}
+    for name, values in metrics.items():
+        kind, produces = ("evaluate", "metrics") if name.startswith("eval") else ("dpo", "model")
+        stages[name] = {"kind": kind, "fingerprint": name, "state": "done", "seconds": 1.0}
+        manifest = {"name": name, "kind": kind, "produces": produces, "fingerprint": name, "metrics": values}
+        (path / name).mkdir(parents=True)
+        manifest |= {"details": {"samples": [], **details.get(name, {})}, "handoff": {"warnings": []}}
+        (path / name / "manifest.json").write_text(json.dumps(manifest))
+    state = {"name": "r", "state": "done", "started": 0.0, "finished": 1.0, "stages": stages, "sweeps": sweeps}
+    (path / "run.json").write_text(json.dumps(state))
+    return RunFolder(path)
+
+
+def variants(*betas: float) -> dict[str, Any]:
+    return {"dpo": {f"dpo-beta-{beta}": {"train.beta": beta} for beta in betas}}
+
+
+def shown(folder: RunFolder) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_run(folder))
+    return console.export_text()
+
+
+def test_a_sweep_has_a_table_and_its_best_values_are_marked(tmp_path: Path) -> None:
+    metrics: dict[str, dict[str, Any]] = {
+        f"dpo-beta-{beta}": {"loss": 0.5 + beta, "eval_loss": 0.6 - beta, "rewards/margins": 2 * beta, "grad_norm": 1.0}
+        for beta in BETAS
+    }
+    metrics["eval"] = {
+        f"dpo-beta-{beta}": {"exact_match": match} for beta, match in zip(BETAS, (0.4, 0.6, 0.6), strict=True)
+    }
+    metrics["eval"]["sft"] = {"exact_match": 0.99}
+    folder = run_folder(tmp_path, metrics, variants(*BETAS))
+    (table,) = sweep_tables(folder)
+    assert table.columns == ["variant", "beta", "loss", "eval loss", "margins", "exact match"]
+    assert table.rows[2] == ["dpo-beta-0.3", "0.3", "0.800", "0.300", "0.600", "60.0%"]
+    assert table.best == {(0, 2), (2, 3), (1, 5), (2, 5)}  # no margin is the better one, and both best matches are
+    text = shown(folder)
+    assert "dpo: 3 variants, * the best of a column" in text
+    lines = [line.split() for line in text.splitlines() if line.startswith("dpo-beta") and " dpo " not in line]
+    assert ["dpo-beta-0.05", "0.05", "0.550*", "0.550", "0.100", "40.0%"] in lines
+    assert ["dpo-beta-0.3", "0.3", "0.800", "0.300*", "0.600", "60.0%*"] in lines
+    write_report(folder)
+    page = (tmp_path / "report.html").read_text()
+    assert '<b class="done">0.550</b>' in page and page.count('<b class="done">') == 4
+
+
+def test_what_is_not_there_yet_is_left_empty(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"dpo-beta-0.1": {"loss": 0.5}}, variants(0.1))
+    state = folder.state()
+    state["stages"]["dpo-beta-0.3"] = {"kind": "dpo", "fingerprint": "x", "state": "running"}
+    state["sweeps"] = variants(0.1, 0.3)
+    folder.save_state(state)
+    (table,) = sweep_tables(folder)
+    assert table.rows == [["dpo-beta-0.1", "0.1", "0.500"], ["dpo-beta-0.3", "0.3", ""]] and not table.best
+    assert shown(folder)
+
+
+def test_two_evaluations_are_told_apart_and_held_out_metrics_come_first(tmp_path: Path) -> None:
+    own = {"rewards/accuracies": 0.1, "eval_rewards/accuracies": 0.7}
+    metrics = {"dpo-beta-0.1": own, "dpo-beta-0.3": own | {"eval_rewards/accuracies": 0.8}}
+    of_models = {name: {"loss": 1.0} for name in metrics}
+    folder = run_folder(tmp_path, {**metrics, "eval-a": of_models, "eval-b": of_models}, variants(0.1, 0.3))
+    (table,) = sweep_tables(folder)
+    assert table.columns == ["variant", "beta", "eval accuracies", "eval-a: held-out loss", "eval-b: held-out loss"]
+    assert table.best == {(1, 2)}  # equal values have no best
+
+
+def test_a_run_without_sweeps_and_one_of_before_there_were_any(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"dpo": {"loss": 0.5}}, {})
+    assert sweep_tables(folder) == []
+    state = folder.state()
+    del state["sweeps"]
+    folder.save_state(state)
+    assert sweep_tables(folder) == [] and "variants" not in shown(folder)
+
+
+def test_warnings_of_the_stages_themselves_are_shown(tmp_path: Path) -> None:
+    said = {"dpo": {"training_warnings": ["answers run away"]}, "eval": {"evaluation_warnings": ["dpo: <b>longer</b>"]}}
+    folder = run_folder(tmp_path, {"dpo": {}, "eval": {"dpo": {"loss": 1.0}}}, {}, **said)
+    assert warnings(folder) == ["dpo: answers run away", "eval: dpo: <b>longer</b>"]
+    assert "dpo: answers run away" in shown(folder)
+    write_report(folder)
+    page = (tmp_path / "report.html").read_text()
+    assert "<p>answers run away</p>" in page and "dpo: &lt;b&gt;longer" in page
