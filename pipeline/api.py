@@ -16,7 +16,7 @@ from stages import Stage
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What a stage of a finished run made. `model` is a plain Hugging Face folder, None for an evaluation."""
+    """What a stage of a finished run made: `model` is a plain Hugging Face folder, `data` a folder of JSON Lines."""
 
     name: str
     folder: Path
@@ -29,6 +29,11 @@ class StageOutcome:
     @property
     def model(self) -> Path | None:
         path = self.folder / "model"
+        return path if path.is_dir() else None
+
+    @property
+    def data(self) -> Path | None:
+        path = self.folder / "data"
         return path if path.is_dir() else None
 
 

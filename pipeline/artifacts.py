@@ -1,7 +1,7 @@
 """The run folder: what a run publishes, atomically, and what it remembers of itself.
 
     runs/NAME/spec.yaml, run.json, report.html
-    runs/NAME/STAGE/manifest.json, metrics.jsonl, ledger.json, model/, checkpoints/
+    runs/NAME/STAGE/manifest.json, metrics.jsonl, ledger.json, model/, checkpoints/, or data/ of a dataset
     runs/NAME/logs/STAGE.log
     runs/NAME/.work/STAGE-FINGERPRINT/    a stage that is being made, or was interrupted
     runs/NAME/.previous/STAGE-FINGERPRINT/    what a changed spec replaced: changing it back finds it again
@@ -36,6 +36,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def product(folder: Path, produces: str) -> Path:
+    """The folder that a stage's users read."""
+    return folder / ("data" if produces == "dataset" else "model")
 
 
 class RunFolder:
@@ -83,7 +88,8 @@ class RunFolder:
         return None
 
     def was_started(self, name: str, fingerprint: str) -> bool:
-        return any((self.work(name, fingerprint) / "checkpoints").glob("checkpoint-*/complete.json"))
+        work = self.work(name, fingerprint)
+        return any(work.glob("checkpoints/checkpoint-*/complete.json")) or any(work.glob("samples/[0-9]*.json"))
 
     def recall(self, name: str, fingerprint: str) -> None:
         """Bring a published artifact to its place if a later one stands there."""
@@ -112,7 +118,7 @@ class RunFolder:
         """A published artifact, as the stages that use it get it."""
         manifest = self.manifest(name)
         assert manifest is not None, f"{name} is not published"
-        return Artifact(name, manifest["produces"], str(self.stage(name) / "model"), manifest)
+        return Artifact(name, manifest["produces"], str(product(self.stage(name), manifest["produces"])), manifest)
 
     # -- the run's own record
 

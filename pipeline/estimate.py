@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline.advice import GIB, Training, advise, precision
 from pipeline.artifacts import read_json
-from pipeline.plan import Plan, PlannedStage, lacking, machine_resources
+from pipeline.plan import Plan, PlannedStage, lacking, machine_resources, with_made_data
 from pipeline.training_checks import gpus, model_config, with_defaults
-from stages import Init
+from stages import Generate, Init
 from stages.data.prepare import Prepared, find_prepared
 from stages.data.source import DataSource, count_rows
 from stages.data.tokenizer import load_tokenizer
@@ -77,6 +77,9 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
                         {"change": a.change, "memory_per_worker_bytes": a.memory, "text": a.text}
                         for a in advise(training, room)
                     ]
+    if isinstance(stage, Generate) and planned.state != "cached":
+        prompts = prompts_of(plan, stage)
+        why.append(f"{'' if prompts is None else f'{prompts:,} '}prompts, {stage.samples} answers to each")
     return {
         "name": planned.name,
         "kind": stage.kind,
@@ -117,8 +120,10 @@ def amount_of(plan: Plan, planned: PlannedStage) -> Amount:
             longest = longest_sequence(Prepared(Path(path), data)) if data else None
         epochs = _epochs(stage, made["rows"], made["steps"], planned.resources.workers)
         return Amount(made["rows"], made["tokens"], made["steps"], epochs, longest)
-    if not stage.sources() or stage.kind == "init":
+    ready = with_made_data(plan, stage)
+    if ready is None or not ready.sources() or isinstance(stage, Init | Generate):
         return Amount()
+    stage = ready
     workers = planned.resources.workers
     if isinstance(stage, TrainStage) and (found := prepared_amount(plan, planned, stage)) is not None:
         rows, tokens, longest, size = found
@@ -129,6 +134,13 @@ def amount_of(plan: Plan, planned: PlannedStage) -> Amount:
         return Amount(expected)
     steps = planned_steps(stage, expected, workers)
     return Amount(expected, None, steps, _epochs(stage, expected, steps, workers))
+
+
+def prompts_of(plan: Plan, stage: Generate) -> int | None:
+    """Prompts that will be answered; None where it takes a download, or another stage, to know."""
+    ready = with_made_data(plan, stage)
+    expected = expected_rows(ready.sources()) if ready is not None else None
+    return expected if expected is None or stage.max_prompts is None else min(expected, stage.max_prompts)
 
 
 def prepared_amount(plan: Plan, planned: PlannedStage, stage: TrainStage) -> tuple[int, int, int | None, int] | None:
@@ -344,6 +356,8 @@ def _source_bytes(sources: list[DataSource]) -> int | None:
     from stages.data import files
     from stages.data.source import find_files
 
+    if any(source.made_by for source in sources):
+        return None
     found = [file for source in sources for file in find_files(source)]
     if any(file.kind == "hf" or files.is_remote(file) for file in found):
         return None

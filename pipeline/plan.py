@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifacts import RunFolder, read_json
+from pipeline.artifacts import RunFolder, product, read_json
 from pipeline.spec import Cluster, Spec
-from stages import Stage
+from stages import Generate, Stage
 from stages.base import Resources
 from stages.data.encode import DATA_VERSION
-from stages.data.prepare import sources_key
+from stages.data.prepare import options_key, sources_key
+from stages.training import optimizers
 from stages.training.deepspeed import deepspeed_config
 from stages.training.stage import TrainStage
 
@@ -67,7 +68,7 @@ def make_plan(spec: Spec) -> Plan:
         if folder.find(name, fingerprint):
             state, why = "cached", "unchanged" + made_with_others(folder, name, fingerprint, resources)
         elif folder.was_started(name, fingerprint):
-            state, why = "resume", "interrupted; goes on from its last checkpoint"
+            state, why = "resume", "interrupted; goes on where it was"
         else:
             state = "run"
             why = (
@@ -117,7 +118,7 @@ def fingerprint_of(spec: Spec, stage: Stage, inputs: dict[str, list[str]], upstr
         "version": [stage.version, DATA_VERSION],
         "config": config,
         "deepspeed": deepspeed_config(getattr(stage, "deepspeed", None)),  # what the file says, not where it lies
-        "data": sources_key(stage.sources()),
+        "data": data_key(stage, upstream),
         "inputs": {
             name: [upstream[r.removeprefix("stages.")] if r.startswith("stages.") else model_key(r) for r in refs]
             for name, refs in inputs.items()
@@ -125,7 +126,37 @@ def fingerprint_of(spec: Spec, stage: Stage, inputs: dict[str, list[str]], upstr
         "seed": spec.seed,
         "chat_template": spec.template,
     }
+    if functions := stage.functions():
+        key["functions"] = [function_key(name, spec.folder) for name in functions]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def data_key(stage: Stage, upstream: dict[str, str]) -> list[dict[str, Any]]:
+    """What identifies the stage's data: files by their contents, a dataset that is made by its stage's fingerprint."""
+    return [
+        {"made": upstream[source.made_by], **options_key(source)} if source.made_by else sources_key([source])[0]
+        for source in stage.sources()
+    ]
+
+
+def function_key(name: str, folder: str) -> str | None:
+    """The hash of the module of a function `module:name`; what it imports is not looked at."""
+    file = optimizers.source(name, folder)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else None
+
+
+def with_made_data(plan: Plan, stage: Stage) -> Stage | None:
+    """The stage with folders in the place of the stages that make its data; None where one of them is not made yet."""
+    sources = []
+    for source in stage.sources():
+        if source.made_by is not None:
+            made = plan[source.made_by]
+            published = plan.folder.find(made.name, made.fingerprint)
+            if published is None:
+                return None
+            source = source.model_copy(update={"path": str(product(published, made.stage.produces))})
+        sources.append(source)
+    return stage.model_copy(update={"data": sources}) if sources else stage
 
 
 def _strip(config: Any) -> Any:
@@ -164,8 +195,8 @@ def resources_for(stage: Stage, cluster: Cluster, gpus: Callable[[], int] = mach
     each = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else min(here, 1)
     workers = getattr(stage, "workers", None)
     if workers is None:
-        trains = isinstance(stage, TrainStage)
-        workers = (cluster.workers or max(here, 1)) if trains else 1
+        many = isinstance(stage, TrainStage | Generate)
+        workers = (cluster.workers or max(here, 1)) if many else 1
     return Resources(
         workers=workers, gpus_per_worker=each if stage.uses_ray else 0, cpus_per_worker=cluster.cpus_per_worker or 1
     )
@@ -192,9 +223,9 @@ def lineage(plan: Plan, planned: PlannedStage) -> dict[str, list[dict[str, Any]]
         out[name] = []
         for ref in refs:
             if ref.startswith("stages."):
-                stage = ref.removeprefix("stages.")
-                model = str(plan.folder.stage(stage) / "model")
-                out[name].append({"stage": stage, "fingerprint": plan[stage].fingerprint, "model": model})
+                made = plan[ref.removeprefix("stages.")]
+                path = product(plan.folder.stage(made.name), made.stage.produces)
+                out[name].append({"stage": made.name, "fingerprint": made.fingerprint, path.name: str(path)})
             else:
                 out[name].append({"model": ref})
     return out

@@ -13,7 +13,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 LINE_EVERY_S = 10.0  # in a log
 
 # What the table and the terminal show of a stage's metrics, in this order, where it has them.
-SHOWN = ("loss", "eval_loss", "accuracy", "rewards/accuracies", "rewards/margins", "parameters")
+SHOWN = (
+    "loss", "eval_loss", "accuracy", "rewards/accuracies", "rewards/margins", "parameters", "reward_mean", "stopped",
+)  # fmt: skip
 
 
 def brief(metrics: dict[str, Any]) -> str:
@@ -66,7 +68,7 @@ class Terminal:
         """A stage has come to a state: cached, running, done or failed."""
         if state == "running":
             self.bars[name] = self.live.add_task(f"[bold]{name}[/]", total=None, what=kind)
-            self._say(f"{name}: {'goes on from its last checkpoint' if resumed else 'started'} ({kind})")
+            self._say(f"{name}: {'goes on where it was' if resumed else 'started'} ({kind})")
             return
         if name in self.bars:
             self.live.remove_task(self.bars.pop(name))

@@ -15,7 +15,15 @@ from typing import Any
 
 from pipeline.artifacts import read_json
 from pipeline.handoff import PROBES, Checker
-from pipeline.plan import Plan, PlannedStage, lacking, lineage, machine_gpus, machine_resources
+from pipeline.plan import (
+    Plan,
+    PlannedStage,
+    lacking,
+    lineage,
+    machine_gpus,
+    machine_resources,
+    with_made_data,
+)
 from pipeline.progress import Terminal
 from pipeline.report import write_report
 from pipeline.stage_process import StageJob, send
@@ -267,7 +275,9 @@ class _Run:
             local=self.cluster.local,
         )
         address = self.cluster.address() if planned.stage.uses_ray else None
-        config = planned.stage.model_dump(exclude_unset=True) | {"kind": planned.stage.kind}
+        stage = with_made_data(self.plan, planned.stage)
+        assert stage is not None, f"{name} was started before its data was made"
+        config = stage.model_dump(exclude_unset=True) | {"kind": stage.kind}
         environment = self._environment(planned, threads)
         with self.folder.log(name).open("ab") as log:
             process = subprocess.Popen(
@@ -322,7 +332,7 @@ class _Run:
             self._fail(running, _cause(work, code))
             return
         checked: dict[str, Any] = {"problems": [], "warnings": [], "facts": {}}
-        if planned.stage.produces != "metrics":
+        if planned.stage.produces in ("model", "reward model"):
             checker = running.checker or Checker(self.folder.log(name))
             checked = checker.check(work / "model", planned.stage.produces, isinstance(planned.stage, TrainStage))
         if checked["problems"]:

@@ -70,7 +70,8 @@ class Spec(Config):
         given = stage.references()
         if "model" in given and not given["model"]:
             given["model"] = [self.model]
-        return given
+        made = [source.path for source in stage.sources() if source.made_by]
+        return given | ({"data": made} if made else {})
 
     def upstream(self, name: str) -> list[str]:
         """Names of the stages this one needs."""

@@ -16,10 +16,11 @@ from pipeline.training_checks import spec_problems
 from stages import KINDS, Init, Stage
 from stages.data.hub import SCHEME
 from stages.data.records import RECORD_OF, Conversation, Labelled, Preference, Prompt, Text, Tokens
-from stages.data.source import DataSource, find_files, resolve_formats
+from stages.data.source import DataSource, find_files, is_reference, resolve_formats
 from stages.data.tokenizer import check_model_folder, read_chat_template
 from stages.errors import DataError, Problem, SpecError, nearest
 from stages.init import config_problems
+from stages.rewards import is_function
 from stages.training.arguments import MANAGED
 from stages.training.deepspeed import PRESETS
 
@@ -63,13 +64,14 @@ class _Checker:
     ) -> None:
         self.raw, self.folder, self.lines, self.file, self.problems = raw, folder, lines, file, problems
         self.default_name = default_name
+        self.stages: dict[str, Stage | None] = {}
         self.expanded = Expanded()
         self.of_variants: list[tuple[tuple[Any, ...], str]] = []  # mistakes of variants, by their paths in `expanded`
 
     def build(self) -> Spec:
         head = self._validate(Head, {k: v for k, v in self.raw.items() if k != "stages"}, ())
         raw_stages = self._raw_stages(head)
-        stages = {name: self._stage(name, raw) for name, raw in raw_stages.items()}
+        stages = self.stages = {name: self._stage(name, raw) for name, raw in raw_stages.items()}
         self._references(raw_stages)
         for name, stage in stages.items():
             if stage is not None:
@@ -143,8 +145,8 @@ class _Checker:
                 continue
             sweep = self.expanded.sweep_of(name)
             for source in stage["data"]:
-                if not isinstance(source, dict) or (sweep, source) in of_sweeps:
-                    continue
+                if not isinstance(source, dict) or self._reference(source) or (sweep, source) in of_sweeps:
+                    continue  # what a stage makes is made after the tokenizer
                 sources.append(source)
                 if sweep is not None:
                     of_sweeps.append((sweep, source))  # what variants share counts once
@@ -190,6 +192,15 @@ class _Checker:
             out["model"] = self._model_path(out["model"])
         if isinstance(out.get("models"), list):
             out["models"] = [self._model_path(m) if isinstance(m, str) else m for m in out["models"]]
+        if isinstance(out.get("rewards"), list):
+            out["rewards"] = [
+                self._reward(r)
+                if isinstance(r, str)
+                else {**r, "reward": self._reward(r["reward"])}
+                if isinstance(r, dict) and isinstance(r.get("reward"), str)
+                else r
+                for r in out["rewards"]
+            ]
         if isinstance(out.get("gates"), list):
             out["gates"] = [
                 {k: self._model_path(v) if k in ("of", "over") and isinstance(v, str) else v for k, v in gate.items()}
@@ -208,9 +219,19 @@ class _Checker:
         return str(target) if not only_files or target.is_file() else value
 
     def _data_path(self, value: str) -> str:
-        """As other paths; the dataset of hf:// may be a folder."""
+        """As other paths; the dataset of hf:// may be a folder, and stages.NAME is what a stage makes."""
+        if self._reference({"path": value}):
+            return value
         folder = self.folder / Path(value.removeprefix(SCHEME)).expanduser()
         return f"{SCHEME}{folder}" if value.startswith(SCHEME) and folder.is_dir() else str(self._path(value))
+
+    def _reference(self, source: Any) -> str | None:
+        """The stages.NAME that a source is; None where it is files, which may have such a name too."""
+        path = source.get("path") if isinstance(source, dict) else None
+        return path if isinstance(path, str) and is_reference(path) and not (self.folder / path).exists() else None
+
+    def _reward(self, value: str) -> str:
+        return value if is_function(value) else self._model_path(value)
 
     def _model_path(self, value: str) -> str:
         """A model is a reference, a folder (relative to the spec) or else a hub id."""
@@ -229,27 +250,43 @@ class _Checker:
             for field, wanted in (cls.accepts if cls else {}).items():
                 value = raw.get(field)
                 for i, ref in enumerate(value if isinstance(value, list) else [value]):
-                    path = ("stages", name, field, i) if isinstance(value, list) else ("stages", name, field)
+                    path: tuple[Any, ...] = ("stages", name, field)
+                    if isinstance(value, list):
+                        path = (*path, i)
+                    if isinstance(ref, dict):  # a reward with its weight
+                        path, ref = (*path, "reward"), ref.get("reward")
                     if not isinstance(ref, str):
                         continue
                     if (ref in raw_stages or ref in self.expanded.sweeps) and not ref.startswith("stages."):
                         self._problem(path, f"write stages.{ref} to use what the stage {ref!r} makes")
                     if not ref.startswith("stages."):
                         continue
-                    target = ref.removeprefix("stages.")
-                    if target not in raw_stages:
-                        known = [*raw_stages, *self.expanded.sweeps]
-                        what = f"there is no stage {target!r}{nearest(target, known)}"
-                        self._problem(path, self.expanded.choice(ref) or what)
+                    graph[name] += self._refers(path, ref, wanted, raw_stages)
+            data = raw.get("data") if isinstance(raw, dict) else None
+            for i, source in enumerate(data if isinstance(data, list) else []):
+                path = (*self._data_place(name), i, "path")
+                said = source.get("path") if isinstance(source, dict) else None
+                if isinstance(said, str) and said in raw_stages and not (self.folder / said).exists():
+                    self._problem(path, f"write stages.{said} to use what the stage {said!r} makes")
+                if ref := self._reference(source):
+                    if cls is Init:
+                        self._problem(path, f"{ref}: a tokenizer is trained on files; the stages come after it")
                         continue
-                    graph[name].append(target)
-                    made = (
-                        KINDS.get(str(raw_stages[target].get("kind"))) if isinstance(raw_stages[target], dict) else None
-                    )
-                    if made is not None and made.produces not in wanted:
-                        self._problem(path, f"{ref} makes a {made.produces}; wanted here: {' or '.join(wanted)}")
+                    graph[name] += self._refers(path, ref, ("dataset",), raw_stages)
         for cycle in _cycles(graph):
             self._problem(("stages", cycle[0]), f"the stages go round in a circle: {' -> '.join([*cycle, cycle[0]])}")
+
+    def _refers(self, path: tuple[Any, ...], ref: str, wanted: Sequence[str], raw_stages: dict[str, Any]) -> list[str]:
+        """The stage that `ref` names, if there is one; whether it makes what is wanted is checked."""
+        target = ref.removeprefix("stages.")
+        if target not in raw_stages:
+            what = f"there is no stage {target!r}{nearest(target, [*raw_stages, *self.expanded.sweeps])}"
+            self._problem(path, self.expanded.choice(ref) or what)
+            return []
+        made = KINDS.get(str(raw_stages[target].get("kind"))) if isinstance(raw_stages[target], dict) else None
+        if made is not None and made.produces not in wanted:
+            self._problem(path, f"{ref} makes a {made.produces}; wanted here: {' or '.join(wanted)}")
+        return [target]
 
     def _gates(self, name: str, raw: dict[str, Any]) -> None:
         models = [m for m in raw.get("models") or [] if isinstance(m, str)]
@@ -273,6 +310,8 @@ class _Checker:
         data = raw.get("data") if isinstance(raw, dict) and place else None
         for i, source in enumerate(data if isinstance(data, list) else []):
             path = source.get("path") if isinstance(source, dict) else None
+            if self._reference(source):
+                continue
             if isinstance(path, str) and not path.startswith(SCHEME):  # a dataset's other options may be what is wrong
                 try:
                     find_files(DataSource(path=self._data_path(path)))
@@ -285,19 +324,27 @@ class _Checker:
         place = self._data_place(name)
         for i, source in enumerate(sources if place else []):
             try:
-                format = resolve_formats([source])[0]
+                format = self._made_format(source) if source.made_by else resolve_formats([source])[0]
             except DataError as error:
                 self._problem((*place, i), str(error))
+                continue
+            if format is None:
                 continue
             records, wanted = WANTED.get(getattr(stage, "task", ""), (None, ""))
             if records is not None and RECORD_OF[format] not in records:
                 hint = "; if their answers are in another column, name it: `columns: {completion: ...}`"
                 what = f"{source.path}: {stage.kind} wants {wanted}, these rows are {format}"
-                self._problem((*place, i), what + hint * (format == "prompt"))
+                hint = "; see `make` of that stage" if source.made_by else hint * (format == "prompt")
+                self._problem((*place, i), what + hint)
         for field, refs in stage.references().items():
             for ref in refs:
                 if not ref.startswith("stages."):
                     self._model(("stages", name, field), ref)
+
+    def _made_format(self, source: DataSource) -> str | None:
+        """The format of what a stage makes; None where the stage has mistakes, or makes no dataset."""
+        made = self.stages.get(str(source.made_by))
+        return "messages" if source.messages else source.format or (made.makes if made is not None else None)
 
     def _model(self, path: tuple[Any, ...], model: str) -> None:
         try:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import Spec
-from stages import Init
+from stages import Generate, Init
 from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem
+from stages.generate import engine_problem
+from stages.rewards import is_function
 from stages.training import optimizers
 from stages.training.architecture import HUB_TIMEOUT, cached, length_limit, read_config
 from stages.training.arguments import library_defaults, optimizer_names
@@ -48,6 +50,21 @@ def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
                 stage, workers=stage.workers or cluster.workers, gpu=gpu, config=config, folder=spec.folder
             ):
                 yield name, path, message
+        elif isinstance(stage, Generate):
+            for path, message in _generate_problems(stage, model_config(spec, name), spec.folder):
+                yield name, path, message
+
+
+def _generate_problems(stage: Generate, config: Mapping[str, Any] | None, folder: str) -> Found:
+    for i, term in enumerate(stage.rewards):
+        if is_function(term.reward) and (problem := optimizers.problem(term.reward, folder)):
+            yield ("rewards", str(i)), problem
+    limit = length_limit(config or {})
+    if limit is not None and stage.max_new_tokens >= limit:
+        yield (
+            ("max_new_tokens",),
+            f"{stage.max_new_tokens} leaves no room for a prompt in the model's {limit} positions",
+        )
 
 
 def run_problems(plan: Plan, local: bool) -> list[Problem]:
@@ -72,6 +89,8 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
             for path, message in _on_workers(plan, planned, local):
                 of_stage.setdefault(".".join((where, *path)), message)
             found += [Problem(path, message) for path, message in of_stage.items()]
+        if isinstance(planned.stage, Generate) and local and (problem := engine_problem(planned.stage.engine)):
+            found.append(Problem(f"{where}.engine", problem.removeprefix("engine: ")))
     if not found and (problem := _disk(plan, [p for p in to_run if isinstance(p.stage, TrainStage)])):
         found.append(Problem("storage", problem))
     return found

@@ -6,13 +6,14 @@ Reads through the same functions that prepare the data, so what is shown is what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 from pipeline.inspection.examples import Example
 from pipeline.inspection.looking import Look, Part, Stats, look
-from pipeline.plan import Plan, PlannedStage
+from pipeline.plan import Plan, PlannedStage, with_made_data
+from stages import Generate
 from stages.data.chat import CHATML
 from stages.data.source import resolve_formats
 from stages.data.tokenizer import load_tokenizer
@@ -58,18 +59,24 @@ def as_json(inspections: list[Inspection]) -> dict[str, Any]:
 
 
 def inspect(plan: Plan, stage: str | None, n: int) -> list[Inspection]:
-    """A look at the data of a stage, or of every stage where none is named: stages that train first, in the plan's order.
+    """A look at the data of a stage, or of every stage whose data is there where none is named: stages that train first, in
+    the plan's order.
 
     Args:
         n: rows to show of each.
 
     Raises:
-        SpecError: no such stage.
+        SpecError: no such stage, or its data is yet to be made by another.
     """
     load = cache(lambda origin: _tokenizer(plan, origin))
     seen: dict[str, Look] = {}  # stages that make the same of the same data are looked at once
-    out = []
-    for planned in _chosen(plan, stage):
+    out: list[Inspection] = []
+    chosen = _chosen(plan, stage)
+    ready = [replace(s, stage=made) for s in chosen if (made := with_made_data(plan, s.stage)) is not None]
+    if not ready:
+        makers = ", ".join(ref for s in chosen for ref in s.inputs.get("data", []))
+        raise SpecError([Problem(f"stages.{chosen[0].name}", f"its data is made by {makers}, which has not run yet")])
+    for planned in ready:
         (model, *_), *_ = planned.inputs.values()
         for part in _parts(planned, load(origin(plan, model)), plan.spec.seed):
             key = repr((part.recipe, part.sources, part.max_dropped))
@@ -80,7 +87,7 @@ def inspect(plan: Plan, stage: str | None, n: int) -> list[Inspection]:
 
 
 def _chosen(plan: Plan, stage: str | None) -> list[PlannedStage]:
-    reads = [s for s in plan.stages if isinstance(s.stage, TrainStage | Evaluate)]
+    reads = [s for s in plan.stages if isinstance(s.stage, TrainStage | Evaluate | Generate)]
     if not reads:
         raise SpecError([Problem("stages", "no stage of this spec reads data, so there is nothing to inspect")])
     if stage is None:
@@ -99,6 +106,9 @@ def _parts(planned: PlannedStage, tokenizer: Any, seed: int) -> Iterator[Part]:
     if isinstance(stage, TrainStage):
         recipe = stage.recipe(tokenizer, seed)
         yield Part(recipe, stage.data, formats, stage.max_dropped, refuse_long=stage.truncation == "refuse")
+        return
+    if isinstance(stage, Generate):
+        yield Part(stage.recipe(tokenizer), stage.data, formats, stage.max_dropped)
         return
     by_format = list(zip(stage.data, formats, strict=True))
     for task in ("evaluation", "preference"):

@@ -33,7 +33,7 @@ class DataSource(Config):
 
     path: str = Field(
         description="A file, a glob or a folder (.jsonl, .json, .csv, also .gz, and .parquet), here or at s3:// or gs://; "
-        "or hf://org/name, hf://folder: a dataset of the hub or in a folder."
+        "hf://org/name, hf://folder: a dataset of the hub or in a folder; or stages.NAME: what a stage makes."
     )
     format: str | None = Field(
         default=None, description=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}; found from the first row if absent."
@@ -57,6 +57,11 @@ class DataSource(Config):
     name: str | None = Field(default=None, description="Of an hf:// dataset: its configuration.")
     revision: str | None = Field(default=None, description="Of an hf:// dataset on the hub: branch, tag or commit.")
 
+    @property
+    def made_by(self) -> str | None:
+        """The stage whose dataset it is (`path: stages.NAME`), None of files. Where its files are, the runner knows."""
+        return self.path.removeprefix("stages.") if is_reference(self.path) else None
+
     @field_validator("filter")
     @classmethod
     def _is_an_expression(cls, value: str | None) -> str | None:
@@ -72,6 +77,11 @@ class DataSource(Config):
         if self.messages is not None and self.format not in (None, "messages"):
             raise ValueError(f"`messages` makes rows of the format messages, not {self.format}; leave `format` out")
         return self
+
+
+def is_reference(path: str) -> bool:
+    """Whether a source's path names a stage."""
+    return path.startswith("stages.") and "/" not in path
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -7,6 +7,7 @@ import importlib
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -39,6 +40,18 @@ def problem(path: str, folder: str) -> str | None:
     if importlib.machinery.PathFinder.find_spec(top, [*sys.path, folder]) is None:
         return f"{path!r}: there is no module {top!r} in {folder} or in the environment"
     return None
+
+
+def source(path: str, folder: str) -> Path | None:
+    """The file of the module in `module:name`; None where it has none that can be found without importing anything."""
+    search: list[str] | None = [*sys.path, folder]
+    found = None
+    for part in path.partition(":")[0].split("."):
+        found = importlib.machinery.PathFinder.find_spec(part, search)
+        if found is None:
+            return None
+        search = list(found.submodule_search_locations or [])
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
 def options(text: str | None) -> dict[str, Any]:

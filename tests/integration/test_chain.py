@@ -225,7 +225,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path, data: 
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert "goes on from its last checkpoint" in out and "interrupted" in err
+    assert "goes on where it was" in out and "interrupted" in err
     after = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
     assert after == list(range(1, len(after) + 1)) and after[-1] >= steps
 
