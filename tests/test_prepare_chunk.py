@@ -28,11 +28,12 @@ GOOD = {
     "text": {"text": "a b"},
     "transcript": {"text": "\n\nHuman: a\n\nAssistant: b"},
     "tokens": {"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]},
-    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
     "kto": {"prompt": "a", "completion": "b", "label": True},
     "prompt": {"prompt": "a", "extra": 1},
 }  # fmt: skip
 TASKS: dict[str, Task] = {"preference": "preference", "kto": "labelled", "prompt": "prompt"}
+OTHER: list[tuple[str, Task]] = [("preference", "labelled"), ("preference", "prompt"), ("kto", "prompt")]
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     | st.sampled_from(["assistant", "user", "<|im_end|>", "\ud800", "<think>", "\U0010fff0"]),
@@ -65,11 +66,11 @@ def lines(format: str) -> st.SearchStrategy[bytes]:
 
 
 def prepared(
-    path: Path, format: str, spec: TokenizerSpec, **options: Any
+    path: Path, format: str, spec: TokenizerSpec, task: Task | None = None, **options: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Any]]:
     """(counts, rows, ledger) of the only chunk of a file."""
     source = DataSource(path=str(path), format=format, **options)
-    recipe = Recipe(TASKS.get(format, "conversation"), spec, max_length=60)
+    recipe = Recipe(task or TASKS.get(format, "conversation"), spec, max_length=60)
     (chunk,) = chunks(0, find_files(source)[0])
     prepare_chunk(0, chunk, source, format, recipe, path.parent)
     done = json.loads((path.parent / "done-000000.json").read_text())
@@ -77,12 +78,14 @@ def prepared(
     return done, rows, list(read_entries(path.parent))
 
 
-@pytest.mark.parametrize("format", sorted(GOOD))
+@pytest.mark.parametrize(("format", "task"), [*((format, None) for format in sorted(GOOD)), *OTHER])
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
-def test_every_row_is_trained_or_in_the_ledger(tokenizer: Any, format: str, data: st.DataObject) -> None:
+def test_every_row_is_trained_or_in_the_ledger(
+    tokenizer: Any, format: str, task: Task | None, data: st.DataObject
+) -> None:
     raw = data.draw(st.lists(lines(format), min_size=1, max_size=12))
     present = [line for line in raw if line.strip()]
     if not present:
@@ -90,7 +93,10 @@ def test_every_row_is_trained_or_in_the_ledger(tokenizer: Any, format: str, data
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_bytes(b"\n".join(raw) + b"\n")
-        done, rows, entries = prepared(path, format, tokenizer_spec(tokenizer))
+        done, rows, entries = prepared(path, format, tokenizer_spec(tokenizer), task)
+    if (format, task) == ("preference", "labelled"):
+        assert [row["label"] for row in rows] == [True, False] * done["kept"]
+        done["examples"], rows = done["examples"] // 2, rows[::2]
     assert done["read"] == len(present) == done["kept"] + len(entries)
     assert done["examples"] == len(rows) == done["kept"]
     assert sorted([row["row"] for row in rows] + [entry.row for entry in entries]) == [

@@ -10,7 +10,9 @@ import pytest
 
 from stages.data.chat import CHATML, HERMES, tokenizer_spec
 from stages.data.encode import Examples, Recipe, Refused, encode, encoder_for
+from stages.data.ledger import LedgerEntry, check_lost, summary
 from stages.data.records import Record, normalise
+from stages.errors import DataError
 
 from .conftest import chat
 
@@ -118,6 +120,15 @@ def test_a_prompt_without_room_for_an_answer(tokenizer: Any) -> None:
             assert str(length) in result.detail  # type: ignore[union-attr]
     (result,) = encoded(tokenizer, "preference", [pair()], max_length=prompt, truncation="right")
     assert result == Refused("prompt_too_long", f"{prompt} tokens before the answers, max_length is {prompt}")
+
+
+def test_a_long_prompt_is_a_long_row_where_none_may_be() -> None:
+    entries = [LedgerEntry("f", 1, "prompt_too_long", "9 tokens"), LedgerEntry("f", 2, "too_long", "8 tokens")]
+    check_lost(summary(100, 98, entries), 0.5)
+    with pytest.raises(
+        DataError, match=r"2 of 100 rows are longer than `max_length`(.|\n)* too_long 1(.|\n)*prompt_too_long 1"
+    ):
+        check_lost(summary(100, 98, entries), 0.5, refuse_long=True)
 
 
 def test_rows_of_another_kind_are_told_what_is_wanted(tokenizer: Any) -> None:
