@@ -20,9 +20,13 @@ COLUMNS = {
     "loss": "held-out loss",
     "exact_match": "exact match",
     "stopped": "stopped",
+    "answer_tokens": "answer tokens",
+    "kl": "KL to reference",
     "preference_accuracy": "preference accuracy",
     "margin": "margin",
     "preference_by": "preference by",
+    "calibration_error": "calibration error",
+    "length_correlation": "length correlation",
 }
 SHARES = ("exact_match", "stopped", "preference_accuracy")
 # What a sweep's table shows of the variants' own metrics; as `eval_...` where they have that.
@@ -35,10 +39,12 @@ HIGHER = ("exact_match", "stopped", "preference_accuracy", "accuracy", "rewards/
 LOWER = ("loss", "calibration_error")
 
 
-def percent(name: str, value: Any) -> str:
+def cell(metrics: Mapping[str, Any], name: str) -> str:
+    """A metric as a table shows it; nothing where it is not there."""
+    value, error = metrics.get(name), metrics.get(f"{name}_stderr")
     if value is None:
         return ""
-    return f"{100 * value:.1f}%" if name in SHARES else number(value)
+    return (f"{100 * value:.1f}%" if name in SHARES else number(value)) + (f" ±{number(error)}" if error else "")
 
 
 def published(folder: RunFolder, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -118,25 +124,25 @@ def sweep_tables(folder: RunFolder) -> list[SweepTable]:
         for evaluation, manifest in compared:
             where = f"{evaluation}: " if len(compared) > 1 else ""
             seen = [manifest["metrics"].get(v, {}) for v in variants]
-            columns += [(c, f"{where}{said}", [m.get(c) for m in seen]) for c, said in COLUMNS.items()]
-        columns = [column for column in columns if any(value is not None for value in column[2])]
+            columns += [(key, f"{where}{said}", seen) for key, said in COLUMNS.items()]
+        columns = [(k, said, seen) for k, said, seen in columns if any(isinstance(m.get(k), int | float) for m in seen)]
         if columns:
             tables.append(_sweep_table(name, variants, columns))
     return tables
 
 
-Column = tuple[str, str, list[Any]]  # metric, heading, value of each variant
+Column = tuple[str, str, list[Mapping[str, Any]]]  # name of the metric, heading, metrics of each variant
 
 
 def _own_columns(metrics: list[Mapping[str, Any]]) -> list[Column]:
     out = []
-    for metric in OWN:
-        held_out = any(f"eval_{metric}" in m for m in metrics)
-        keys = (
-            [metric, f"eval_{metric}"] if held_out and metric == "loss" else [f"eval_{metric}" if held_out else metric]
-        )
-        heading = metric.removeprefix("rewards/").replace("_", " ")
-        out += [(metric, "eval " * (key != metric) + heading, [m.get(key) for m in metrics]) for key in keys]
+    for name in OWN:
+        heading = name.removeprefix("rewards/").replace("_", " ")
+        held_out = any(f"eval_{name}" in m for m in metrics)
+        if not held_out or name == "loss":
+            out.append((name, heading, metrics))
+        if held_out:
+            out.append((f"eval_{name}", f"eval {heading}", metrics))
     return out
 
 
@@ -144,15 +150,16 @@ def _sweep_table(name: str, variants: dict[str, dict[str, Any]], columns: list[C
     paths = list(next(iter(variants.values())))
     said = labels(paths)
     rows = [
-        [variant, *(text(chosen[path]) for path in paths), *(percent(metric, v[i]) for metric, _, v in columns)]
+        [variant, *(text(chosen[path]) for path in paths), *(cell(metrics[i], key) for key, _, metrics in columns)]
         for i, (variant, chosen) in enumerate(variants.items())
     ]
     best = {
-        (row, 1 + len(paths) + at) for at, (metric, _, values) in enumerate(columns) for row in _best(metric, values)
+        (row, 1 + len(paths) + at)
+        for at, (key, _, metrics) in enumerate(columns)
+        for row in _best(key.removeprefix("eval_"), [m.get(key) for m in metrics])
     }
-    return SweepTable(
-        name, ["variant", *(said[path] for path in paths), *(said for _, said, _ in columns)], rows, len(paths), best
-    )
+    headings = ["variant", *(said[path] for path in paths), *(heading for _, heading, _ in columns)]
+    return SweepTable(name, headings, rows, len(paths), best)
 
 
 def _best(metric: str, values: list[Any]) -> list[int]:
@@ -191,7 +198,7 @@ def render_run(folder: RunFolder) -> Group:
         for column in columns:
             table.add_column(COLUMNS[column], justify="left" if column == "preference_by" else "right")
         for model, metrics in manifest["metrics"].items():
-            table.add_row(model, *[percent(c, metrics.get(c)) for c in columns])
+            table.add_row(model, *[cell(metrics, c) for c in columns])
         parts.append(table)
         for gate in folder.state()["stages"][name].get("gates", []):
             parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))

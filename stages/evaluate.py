@@ -1,15 +1,26 @@
 """Evaluation: models side by side on held-out rows.
 
-Conversations give the loss on trained tokens and, from greedy samples, exact match where rows carry an `expected` answer.
-Preference pairs give accuracies: of a reward model by its scores, of a preference-tuned model by its implicit reward
-beta * (log p(y|x) - log p_ref(y|x)) (Rafailov et al. 2023), of any other model by its likelihoods.
+Conversations give the loss on trained tokens and, from greedy samples, exact match where rows carry an `expected` answer,
+and how long the answers are. Preference pairs give accuracies: of a reward model by its scores, of a preference-tuned model by
+its implicit reward log p(y|x) - log p_ref(y|x), which is that of Rafailov et al. 2023 without its factor beta, of any other
+model by its likelihoods. Of a reward model they also say whether it is as sure as it is right, and how much of it is length
+(stages/training/pair_statistics.py).
+
+A preference-tuned model is held against its reference, the model it was given: `kl` is KL(policy || reference) in nats an
+answer, the mean of log p(y|x) - log p_ref(y|x) over answers y sampled from the policy at temperature 1, of at most
+`max_new_tokens` (k1 of Schulman, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Artifact, ArtifactKind, Config, Share, Stage, StageContext, StageResult
@@ -20,15 +31,24 @@ from stages.data.mask import Mask
 from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import load_tokenizer
+from stages.errors import StageError
 from stages.training.launch import launch, quiet_ray, worker_rank
+from stages.training.pair_statistics import pair_statistics
+from stages.training.vocabulary import grow_vocabulary
 
-PREFERENCE_TUNED = ("dpo",)
+PREFERENCE_TUNED = ("dpo", "kto")
+SIDES = ("chosen", "rejected")
+TWICE = 2.0  # as long, or half as long: worth a warning
+LESS_STOPPED = 0.05  # share of answers that no longer end by themselves: worth a warning
 
 
 class Gate(Config):
     """A metric that must hold, or the run fails: `metric` of one model, alone or over another's."""
 
-    metric: Literal["loss", "exact_match", "stopped", "preference_accuracy", "margin"]
+    metric: Literal[
+        "loss", "exact_match", "stopped", "answer_tokens", "kl", "preference_accuracy", "margin", "calibration_error",
+        "length_correlation",
+    ]  # fmt: skip
     of: str = Field(description="stages.NAME, one of `models`.")
     over: str | None = Field(default=None, description="Compare with this model: the difference is what must hold.")
     at_least: float | None = None
@@ -52,6 +72,11 @@ class Evaluate(Stage):
     max_samples: int | None = Field(
         default=None, ge=0, description="Sample only the first rows; all with an expected answer if absent."
     )
+    kl_samples: int = Field(
+        default=128,
+        ge=0,
+        description="Prompts, the first ones, that a preference-tuned model is sampled for to measure its KL; 0: none.",
+    )
     shown: int = Field(default=8, ge=0, description="Samples kept for the report, side by side.")
     mask: Mask = Mask()
     max_dropped: Share = Field(default=0.01, description="Rows that may be lost before the run is stopped.")
@@ -59,6 +84,7 @@ class Evaluate(Stage):
     workers: int | None = Field(default=None, ge=1)
 
     produces: ClassVar = "metrics"
+    version: ClassVar[int] = 2
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"models": ("model", "reward model")}
 
     @field_validator("data")
@@ -94,25 +120,25 @@ class Evaluate(Stage):
             for data in prepared.values():
                 check_lost(data.manifest["ledger"], self.max_dropped)
             used |= {str(data.path): data for data in prepared.values()}
-            job = {
-                "stage": self.model_dump(),
-                "artifact": artifact,
-                "prepared": prepared,
-                "chat_template": ctx.chat_template,
-            }
+            reference, grown = reference_of(artifact), ctx.work / f"reference-{number}"
+            if reference is not None:  # with the rows that its tokenizer may have got before the training
+                reference, _ = grow_vocabulary(reference, tokenizer, grown)
+            job = EvaluationJob(self, artifact, reference, prepared, ctx.chat_template, ctx.seed)
             outcome = launch(
                 evaluate_on_worker,
-                job,
+                {"job": job},
                 resources=ctx.resources,
                 local=ctx.local,
                 folder=ctx.work / "ray" / str(number),
             )
+            shutil.rmtree(grown, ignore_errors=True)
             metrics[artifact.name], samples[artifact.name] = outcome["metrics"], outcome["samples"]
             ctx.report.metrics(0, {"model": artifact.name, **outcome["metrics"]})
         side_by_side = _side_by_side(samples, self.shown)
         (ctx.work / "samples.json").write_text(json.dumps(side_by_side, indent=1))
         rows = _write_ledgers(list(used.values()), ctx)
-        return StageResult(metrics, rows=rows, details={"samples": side_by_side})
+        warnings = drift_warnings(metrics, ctx.inputs["models"])
+        return StageResult(metrics, rows=rows, details={"samples": side_by_side, "evaluation_warnings": warnings})
 
 
 def check_gate(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -134,60 +160,177 @@ def check_gate(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate_on_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One model on this worker's rows; the sums of all workers are added up."""
+    """One model on this worker's rows, then its reference on what needs one: never both in memory."""
     import torch.distributed as dist
 
-    from stages.scoring import load_for_scoring, preference_metrics, sample_greedily, trained_token_loss
+    from stages.scoring import load_for_scoring
 
     quiet_ray()
     rank, workers = worker_rank()
-    stage, artifact = Evaluate.model_validate(config["stage"]), config["artifact"]
-    prepared: dict[Task, Prepared] = config["prepared"]
-    tokenizer = load_tokenizer(artifact.model, config["chat_template"])
-    sums: dict[str, float] = {}
-    samples: list[dict[str, Any]] = []
-    model = load_for_scoring(artifact.model, reward=artifact.kind == "reward model")
-    if "evaluation" in prepared:
-        rows = prepared["evaluation"].read()[rank::workers]
-        sums |= trained_token_loss(model, rows, tokenizer.pad_token_id, stage.batch_size)
-        asked = [row for row in rows if row["prompt_ids"] and row["expected"] is not None]
-        if not asked:  # no expected answers: a few samples to look at
-            asked = [row for row in rows if row["prompt_ids"]][: stage.shown]
-        if stage.max_samples is not None:
-            asked = asked[: -(-stage.max_samples // workers)]
-        found, counts = sample_greedily(model, asked, tokenizer, stage.batch_size, stage.max_new_tokens)
-        samples, sums = found, sums | counts
-    if "preference" in prepared:
-        rows = prepared["preference"].read()[rank::workers]
-        reference = None
-        if artifact.manifest.get("kind") in PREFERENCE_TUNED:
-            reference = load_for_scoring(artifact.manifest["inputs"]["model"][0]["model"])
-        sums |= preference_metrics(model, reference, rows, tokenizer.pad_token_id, stage.batch_size)
-    parts: list[Any] = [(sums, samples)]
+    job: EvaluationJob = config["job"]
+    part = _Part(job, rank, workers)
+    model = load_for_scoring(job.artifact.model, reward=job.artifact.kind == "reward model")
+    part.measure(model)
+    del model
+    if job.reference is not None:
+        part.subtract(load_for_scoring(job.reference))
+    parts: list[Any] = [part.found]
     if workers > 1:
         parts = [None] * workers
-        dist.all_gather_object(parts, (sums, samples))
-    total: dict[str, float] = {}
-    for part, _ in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    merged = sorted((s for _, found in parts for s in found), key=lambda s: (s["source"], s["row"]))
-    return {"metrics": metrics_from(total, artifact), "samples": merged}
+        dist.all_gather_object(parts, part.found)
+    total: Counter[str] = Counter()
+    for found in parts:
+        total.update(found["sums"])
+    values = {
+        name: np.concatenate([found["values"][name] for found in parts if name in found["values"]])
+        for name in dict.fromkeys(name for found in parts for name in found["values"])
+    }
+    merged = sorted((s for found in parts for s in found["samples"]), key=lambda s: (s["source"], s["row"]))
+    return {"metrics": metrics_from(total, values, job.artifact), "samples": merged}
 
 
-def metrics_from(sums: dict[str, float], artifact: Artifact) -> dict[str, Any]:
-    """Means from the sums that workers made."""
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What every worker needs to evaluate one model."""
+
+    stage: Evaluate
+    artifact: Artifact
+    reference: str | None  # of a preference-tuned model
+    prepared: dict[Task, Prepared]
+    chat_template: str | None
+    seed: int
+
+
+class _Part:
+    """One worker's part of an evaluation. `found`: sums over rows, values of each row, greedy samples."""
+
+    def __init__(self, job: EvaluationJob, rank: int, workers: int) -> None:
+        self.job, self.stage = job, job.stage
+        self.tokenizer = load_tokenizer(job.artifact.model, job.chat_template)
+        self.conversations, self.pairs = (
+            job.prepared[task].read() if task in job.prepared else [] for task in ("evaluation", "preference")
+        )
+        self.prompts = [row for row in self.conversations or self.pairs if row["prompt_ids"]]
+        self.rank, self.workers = rank, workers
+        self.sums: dict[str, float] = {}
+        self.values: dict[str, np.ndarray] = {}
+        self.samples: list[dict[str, Any]] = []
+        self.drawn: list[dict[str, Any]] = []  # answers for the KL
+
+    @property
+    def found(self) -> dict[str, Any]:
+        return {"sums": self.sums, "values": self.values, "samples": self.samples}
+
+    def measure(self, model: Any) -> None:
+        """Everything that the evaluated model itself says."""
+        from stages.scoring import rewards, sample_answers, sample_greedily, trained_token_loss
+
+        stage, pad = self.stage, self.tokenizer.pad_token_id
+        if rows := self.conversations[self.rank :: self.workers]:
+            self.sums |= trained_token_loss(model, rows, pad, stage.batch_size)
+            asked = [row for row in rows if row["prompt_ids"] and row["expected"] is not None]
+            if not asked:  # no expected answers: a few samples to look at
+                asked = [row for row in rows if row["prompt_ids"]][: stage.shown]
+            if stage.max_samples is not None:
+                asked = asked[: -(-stage.max_samples // self.workers)]
+            greedy = sample_greedily(model, asked, self.tokenizer, stage.batch_size, stage.max_new_tokens)
+            self.samples, self.sums = greedy[0], self.sums | greedy[1]
+        if rows := self._mine_of_pairs():
+            for side in SIDES:
+                if self.job.artifact.kind == "reward model":
+                    self.values[side] = rewards(model, rows, f"{side}_ids", pad, stage.batch_size)
+                else:
+                    self.values[side] = self._logprobs(model, rows, f"{side}_ids")
+                self.values[f"{side}_tokens"] = np.array([len(row[f"{side}_ids"]) for row in rows])
+        if self.job.reference is not None and stage.kl_samples:
+            prompts = self.prompts[: stage.kl_samples]
+            mine = slice(len(prompts) * self.rank // self.workers, len(prompts) * (self.rank + 1) // self.workers)
+            self.drawn = sample_answers(
+                model, prompts[mine], self.tokenizer, stage.batch_size, stage.max_new_tokens,
+                seed=self.job.seed, first=mine.start,
+            )  # fmt: skip
+            self.values["kl"] = self._logprobs(model, self.drawn, "answer_ids")
+
+    def subtract(self, reference: Any) -> None:
+        """Log-probabilities become log ratios to the reference's."""
+        if rows := self._mine_of_pairs():
+            for side in SIDES:
+                self.values[side] = self.values[side] - self._logprobs(reference, rows, f"{side}_ids")
+        if "kl" in self.values:
+            self.values["kl"] = self.values["kl"] - self._logprobs(reference, self.drawn, "answer_ids")
+
+    def _mine_of_pairs(self) -> list[dict[str, Any]]:
+        return self.pairs[self.rank :: self.workers]
+
+    def _logprobs(self, model: Any, rows: list[dict[str, Any]], side: str) -> np.ndarray:
+        from stages.scoring import answer_logprobs
+
+        return answer_logprobs(model, rows, side, self.tokenizer.pad_token_id, self.stage.batch_size)
+
+
+def metrics_from(sums: Mapping[str, float], values: Mapping[str, np.ndarray], artifact: Artifact) -> dict[str, Any]:
+    """A model's metrics.
+
+    Args:
+        sums: over the rows of all workers.
+        values: of each pair `chosen`, `rejected` (rewards, log ratios or log-probabilities), `chosen_tokens` and
+            `rejected_tokens`; of each sampled answer `kl`, its log ratio of policy to reference.
+
+    Raises:
+        StageError: one of the values is not a finite number.
+    """
+    for name, found in values.items():
+        if bad := int((~np.isfinite(found)).sum()):
+            raise StageError(f"{artifact.name}: {bad} of {len(found)} scores ({name}) are not finite numbers")
     out: dict[str, Any] = {}
     if sums.get("tokens"):
         out |= {"loss": sums["nll"] / sums["tokens"], "trained_tokens": int(sums["tokens"])}
     if sums.get("expected"):
-        out |= {"exact_match": sums["matched"] / sums["expected"], "stopped": sums["stopped"] / sums["sampled"]}
-        out |= {"answers": int(sums["expected"])}
-    if sums.get("pairs"):
-        tuned, reward = artifact.manifest.get("kind") in PREFERENCE_TUNED, artifact.kind == "reward model"
-        by = "reward" if reward else "implicit reward" if tuned else "likelihood"
-        out |= {"preference_accuracy": sums["right"] / sums["pairs"], "margin": sums["margin"] / sums["pairs"]}
-        out |= {"pairs": int(sums["pairs"]), "preference_by": by}
+        out |= {"exact_match": sums["matched"] / sums["expected"], "answers": int(sums["expected"])}
+    if sums.get("sampled"):
+        out |= {name: sums[name] / sums["sampled"] for name in ("stopped", "answer_tokens")}
+    if len(values.get("chosen", ())):
+        reward = artifact.kind == "reward model"
+        told = pair_statistics(*(values[name] for name in (*SIDES, *(f"{side}_tokens" for side in SIDES))))
+        by = "reward" if reward else "implicit reward" if reference_of(artifact) else "likelihood"
+        out |= {"preference_accuracy": told["accuracy"], "margin": told["margin"]}
+        if reward:
+            out |= {name: told[name] for name in ("calibration_error", "length_accuracy", "length_correlation")}
+        out |= {"pairs": len(values["chosen"]), "preference_by": by}
+    if count := len(values.get("kl", ())):
+        out |= {"kl": float(values["kl"].mean()), "kl_answers": count}
+        if count > 1:
+            out["kl_stderr"] = float(values["kl"].std(ddof=1) / count**0.5)
+    return out
+
+
+def reference_of(artifact: Artifact) -> str | None:
+    """The model a preference-tuned one was trained from, which is its reference; None of any other model."""
+    if artifact.manifest.get("kind") not in PREFERENCE_TUNED:
+        return None
+    return str(artifact.manifest["inputs"]["model"][0]["model"])
+
+
+def drift_warnings(metrics: Mapping[str, Mapping[str, Any]], models: Sequence[Artifact]) -> list[str]:
+    """What of the sampled answers of a preference-tuned model has run away from its reference's, where both are compared."""
+    names = {artifact.model: artifact.name for artifact in models}
+    out = []
+    for artifact in models:
+        tuned, before = metrics[artifact.name], names.get(reference_of(artifact) or "")
+        if before is None or not {"answer_tokens", "stopped"} <= tuned.keys() & metrics[before].keys():
+            continue
+        reference = metrics[before]
+        longer = tuned["answer_tokens"] / reference["answer_tokens"]
+        if not 1 / TWICE <= longer <= TWICE:
+            out.append(
+                f"answers of {artifact.name} are {longer:.2g} times as long as those of {before}, its reference "
+                f"({tuned['answer_tokens']:.1f} tokens against {reference['answer_tokens']:.1f}): length may be what it learned"
+            )
+        if tuned["stopped"] < reference["stopped"] - LESS_STOPPED:
+            out.append(
+                f"{tuned['stopped']:.0%} of the answers of {artifact.name} end by themselves, of those of {before}, its "
+                f"reference, {reference['stopped']:.0%}"
+            )
     return out
 
 

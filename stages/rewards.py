@@ -228,13 +228,8 @@ class _ModelReward:
         from stages.scoring import rewards
 
         rows = [{"prompt_ids": list(a.prompt_ids), "answer_ids": list(a.answer_ids)} for a in answers]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["answer_ids"]))
-        out = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            scores = rewards(self.model, [rows[i] for i in batch], "answer_ids", self.pad_id).tolist()
-            for i, score in zip(batch, scores, strict=True):
-                out[i] = (score - self.scorer.mean) / self.scorer.std
+        scores = rewards(self.model, rows, "answer_ids", self.pad_id, self.batch_size).tolist()
+        out = [(score - self.scorer.mean) / self.scorer.std for score in scores]
         if (bad := next((i for i, score in enumerate(out) if not math.isfinite(score)), None)) is not None:
             raise StageError(f"rewards: {self.scorer.name} gave {out[bad]} for {_where(answers[bad])}")
         return out

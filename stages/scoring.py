@@ -1,17 +1,19 @@
-"""Forward passes over held-out rows: losses, log-probabilities, rewards and greedy samples. Plain transformers models.
+"""Forward passes over held-out rows: losses, log-probabilities, rewards and samples. Plain transformers models.
 
 Imported only inside a stage's process: it needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from stages.data.chat import IGNORE
+from stages.sampling import ended, sample, stop_ids_of
 
 Row = dict[str, Any]
 
@@ -25,11 +27,11 @@ def load_for_scoring(model: str, reward: bool = False) -> Any:
     return cls.from_pretrained(model, **({"num_labels": 1} if reward else {})).eval().to(device)
 
 
-def _batches(rows: Sequence[Row], size: int, length: Any) -> Iterator[list[Row]]:
-    """Rows of like length together: less padding, the same sums."""
-    ordered = sorted(rows, key=length)
-    for at in range(0, len(ordered), size):
-        yield ordered[at : at + size]
+def _batches(rows: Sequence[Row], size: int, length: Callable[[Row], int]) -> Iterator[list[int]]:
+    """Indices of rows of like length together: less padding, the same sums."""
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    for at in range(0, len(order), size):
+        yield order[at : at + size]
 
 
 def _pad(
@@ -49,7 +51,8 @@ def _pad(
 def trained_token_loss(model: Any, rows: Sequence[Row], pad_id: int, batch_size: int) -> dict[str, float]:
     """Sums of negative log-likelihood and count over the trained tokens of all rows."""
     nll, tokens = 0.0, 0
-    for batch in _batches(rows, batch_size, lambda row: len(row["input_ids"])):
+    for chosen in _batches(rows, batch_size, lambda row: len(row["input_ids"])):
+        batch = [rows[i] for i in chosen]
         ids, mask = _pad([row["input_ids"] for row in batch], pad_id, model.device)
         labels, _ = _pad([row["labels"] for row in batch], IGNORE, model.device)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
@@ -60,43 +63,44 @@ def trained_token_loss(model: Any, rows: Sequence[Row], pad_id: int, batch_size:
     return {"nll": nll, "tokens": tokens}
 
 
-@torch.no_grad()
-def answer_logprobs(model: Any, rows: Sequence[Row], side: str, pad_id: int) -> torch.Tensor:
-    """Sum of log p(token | before) over each row's answer `side`: (rows,)."""
-    ids, mask = _pad([row["prompt_ids"] + row[side] for row in rows], pad_id, model.device)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    logps = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
-    starts = torch.tensor([len(row["prompt_ids"]) - 1 for row in rows], device=ids.device)
-    answer = (torch.arange(logps.shape[1], device=ids.device) >= starts[:, None]) & (mask[:, 1:] == 1)
-    return (logps * answer).sum(1)
+def answer_logprobs(model: Any, rows: Sequence[Row], side: str, pad_id: int, batch_size: int) -> np.ndarray:
+    """Sum of log p(token | before) over each row's answer `side`, in nats: float64, (rows,)."""
+
+    def score(ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Row]) -> torch.Tensor:
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        logps = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
+        starts = torch.tensor([len(row["prompt_ids"]) - 1 for row in batch], device=ids.device)
+        answer = (torch.arange(logps.shape[1], device=ids.device) >= starts[:, None]) & (mask[:, 1:] == 1)
+        return (logps.double() * answer).sum(1)
+
+    return _of_answers(score, model, rows, side, pad_id, batch_size)
+
+
+def rewards(model: Any, rows: Sequence[Row], side: str, pad_id: int, batch_size: int) -> np.ndarray:
+    """The reward model's score of each row's prompt and answer `side`: float64, (rows,)."""
+
+    def score(ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Row]) -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).double()
+
+    return _of_answers(score, model, rows, side, pad_id, batch_size)
 
 
 @torch.no_grad()
-def rewards(model: Any, rows: Sequence[Row], side: str, pad_id: int) -> torch.Tensor:
-    """The reward model's score of each row's prompt and answer: (rows,)."""
-    ids, mask = _pad([row["prompt_ids"] + row[side] for row in rows], pad_id, model.device)
-    return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
-
-
-def preference_metrics(
-    model: Any, reference: Any | None, rows: Sequence[Row], pad_id: int, batch_size: int
-) -> dict[str, float]:
-    """Sums over pairs: how many are ranked right, and the margin chosen - rejected (log-probabilities, or rewards)."""
-    right, margin = 0.0, 0.0
-    for batch in _batches(rows, batch_size, lambda row: len(row["prompt_ids"]) + len(row["chosen_ids"])):
-        if getattr(model.config, "num_labels", 2) == 1 and hasattr(model, "score"):
-            difference = rewards(model, batch, "chosen_ids", pad_id) - rewards(model, batch, "rejected_ids", pad_id)
-        else:
-            difference = _logprob_margin(model, batch, pad_id)
-            if reference is not None:
-                difference = difference - _logprob_margin(reference, batch, pad_id)
-        right += float((difference > 0).sum())
-        margin += float(difference.sum())
-    return {"right": right, "margin": margin, "pairs": len(rows)}
-
-
-def _logprob_margin(model: Any, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
-    return answer_logprobs(model, rows, "chosen_ids", pad_id) - answer_logprobs(model, rows, "rejected_ids", pad_id)
+def _of_answers(
+    score: Callable[[torch.Tensor, torch.Tensor, Sequence[Row]], torch.Tensor],
+    model: Any,
+    rows: Sequence[Row],
+    side: str,
+    pad_id: int,
+    batch_size: int,
+) -> np.ndarray:
+    """`score` of batches of prompts with their answers, in the order of the rows."""
+    out = np.empty(len(rows))
+    for chosen in _batches(rows, batch_size, lambda row: len(row["prompt_ids"]) + len(row[side])):
+        batch = [rows[i] for i in chosen]
+        ids, mask = _pad([row["prompt_ids"] + row[side] for row in batch], pad_id, model.device)
+        out[chosen] = score(ids, mask, batch).cpu().numpy()
+    return out
 
 
 @torch.no_grad()
@@ -104,21 +108,22 @@ def sample_greedily(
     model: Any, rows: Sequence[Row], tokenizer: Any, batch_size: int, max_new_tokens: int
 ) -> tuple[list[Row], dict[str, float]]:
     """Greedy answers, and counts: an answer matches when it stops and its text is the expected one."""
-    stops = model.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
-    samples = []
-    for batch in _batches(rows, batch_size, lambda row: len(row["prompt_ids"])):
+    stops = stop_ids_of(model.generation_config, tokenizer)
+    samples, tokens = [], 0
+    for chosen in _batches(rows, batch_size, lambda row: len(row["prompt_ids"])):
+        batch = [rows[i] for i in chosen]
         ids, mask = _pad([row["prompt_ids"] for row in batch], tokenizer.pad_token_id, model.device, left=True)
         out = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=stops,
         )  # fmt: skip
         for row, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-            end = next((i for i, token in enumerate(new) if token in stops), None)
-            answer = tokenizer.decode(new[:end] if end is not None else new, skip_special_tokens=True)
+            answer = ended(new, stops)
+            tokens += len(answer.ids)
+            text = tokenizer.decode(answer.ids[:-1] if answer.stopped else answer.ids, skip_special_tokens=True)
             samples.append(
                 {k: row[k] for k in ("prompt", "expected", "source", "row")}
-                | {"answer": answer, "stopped": end is not None}
+                | {"answer": text, "stopped": answer.stopped}
             )
     samples.sort(key=lambda s: (s["source"], s["row"]))
     judged = [s for s in samples if s["expected"] is not None]
@@ -126,6 +131,23 @@ def sample_greedily(
     return samples, {
         "sampled": len(samples),
         "stopped": sum(s["stopped"] for s in samples),
+        "answer_tokens": tokens,
         "expected": len(judged),
         "matched": matched,
     }
+
+
+def sample_answers(
+    model: Any, rows: Sequence[Row], tokenizer: Any, batch_size: int, max_new_tokens: int, *, seed: int, first: int
+) -> list[Row]:
+    """An answer to each row's prompt, drawn from the model itself (temperature 1): `prompt_ids`, `answer_ids`.
+
+    `first` is the number of the first row among all: a row's number and `seed` decide its answer.
+    """
+    prompts = [row["prompt_ids"] for row in rows]
+    drawn = sample(
+        model, prompts, per_prompt=1, max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=seed,
+        pad_id=tokenizer.pad_token_id, stop_ids=stop_ids_of(model.generation_config, tokenizer), batch_size=batch_size,
+        first=first,
+    )  # fmt: skip
+    return [{"prompt_ids": p, "answer_ids": answer.ids} for p, (answer,) in zip(prompts, drawn, strict=True)]

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.artifacts import RunFolder
 from pipeline.plan import read_metrics
-from pipeline.tables import COLUMNS, evaluations, percent, said_of, stage_rows, sweep_tables
+from pipeline.tables import COLUMNS, cell, evaluations, said_of, stage_rows, sweep_tables
 from stages.data.encode import WARNINGS
 
 WIDTH, HEIGHT = 560, 120
@@ -69,7 +69,7 @@ def polyline(points: list[tuple[int, float]]) -> str:
 
 def _evaluation(manifest: dict[str, Any]) -> dict[str, Any]:
     columns = [c for c in COLUMNS if any(c in metrics for metrics in manifest["metrics"].values())]
-    rows = [[model, *[percent(c, metrics.get(c)) for c in columns]] for model, metrics in manifest["metrics"].items()]
+    rows = [[model, *[cell(metrics, c) for c in columns]] for model, metrics in manifest["metrics"].items()]
     return {
         "columns": [COLUMNS[c] for c in columns],
         "rows": rows,
