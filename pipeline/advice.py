@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from stages.training.deepspeed import deepspeed_config, offload, zero_stage
-from stages.training.dry_run import Head, Shape
+from stages.training.dry_run import Shape
 from stages.training.kernels import model_dtype, precision_for
 from stages.training.memory import Memory, predict
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 180)  # GiB of GPUs that can be rented
 MOST_WORKERS = 512
 LORA = {"r": 16, "target_modules": "all-linear"}  # what is advised, with peft's own names
-HEADS: dict[str, Head] = {"sft": "trained", "dpo": "fused", "reward": "score"}
+PAIRS = ("reward", "dpo")  # a row is two sequences; what sharing a prompt saves of them on a CPU is not counted
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,14 @@ class Training:
         dtype = model_dtype({"bf16": self.bf16, "fp16": self.fp16}, frozen=self.lora is not None)
         return Shape(
             config=self.config,
-            head=HEADS[self.kind],
-            rows=self.batch * (1 if self.kind == "sft" else 2),
+            head="score" if self.kind == "reward" else "trained",
+            rows=self.batch * (2 if self.kind in PAIRS else 1),
             length=self.length,
             half=dtype != "float32" or (half and self.deepspeed is not None),
             autocast=half and self.deepspeed is None,
             checkpointing=self.checkpointing,
             attention=self.attention,
             lora=self.lora,
-            reference=self.kind == "dpo",
             gpu=self.gpu,
         )
 
@@ -75,7 +74,6 @@ class Training:
             deepspeed=self.zero,
             four_bits=self.four_bits,
             double_quant=self.double_quant,
-            reference=self.kind == "dpo" and self.lora is None,
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stages.errors import StageError
+from stages.training.answers import answer_collator
 from stages.training.guard import Guard, rows_of
 from stages.training.launch import first_cause
 from stages.training.optimizers import is_own, load, options, problem
@@ -78,13 +80,16 @@ def test_packs_are_kept_as_their_documents() -> None:
     ]
 
 
-def test_pairs_are_kept_with_their_answers_marked() -> None:
-    batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 8, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
-             "completion_mask": torch.tensor([[0, 1, 1], [0, 1, 0]])}  # fmt: skip
-    assert rows_of(batch) == [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-        {"input_ids": [5, 8], "labels": [-100, 8]},
+@pytest.mark.parametrize("layout", ["padded", "flat", "shared"])
+def test_pairs_are_kept_with_their_answers_marked(layout: Any) -> None:
+    pair = {"prompt_ids": [5, 4], "chosen_ids": [6, 7], "rejected_ids": [8]}
+    rows = rows_of(answer_collator(0, ("chosen_ids", "rejected_ids"), layout=layout, pad_to_multiple_of=8)([pair] * 2))
+    apart = [
+        {"input_ids": [5, 4, 6, 7], "labels": [-100, -100, 6, 7]},
+        {"input_ids": [5, 4, 8], "labels": [-100, -100, 8]},
     ]
+    together = [{"input_ids": [5, 4, 6, 7, 8], "labels": [-100, -100, 6, 7, 8]}]
+    assert sorted(rows, key=str) == sorted((together if layout == "shared" else apart) * 2, key=str)
 
 
 def test_own_optimizers_are_told_from_the_trainers() -> None:

@@ -125,10 +125,10 @@ def test_adafactor_holds_rows_and_columns() -> None:
     [
         {},
         {"checkpointing": True},
-        {"autocast": True, "head": "fused", "reference": True},
+        {"autocast": True},
         {"lora": LORA, "checkpointing": True},
     ],
-    ids=["plain", "checkpointing", "autocast with a reference", "lora"],
+    ids=["plain", "checkpointing", "autocast", "lora"],
 )
 def test_repeating_the_middle_layer_gives_what_all_layers_give(
     more: dict[str, Any], monkeypatch: pytest.MonkeyPatch

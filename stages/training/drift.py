@@ -23,6 +23,7 @@ from pydantic import Field
 from stages.base import Config
 from stages.training import documents
 from stages.training.answers import score_answers
+from stages.training.architecture import positions
 from stages.training.feed import Group
 from stages.training.job import TrainJob
 
@@ -64,7 +65,10 @@ class Drift:
         if self.state.global_step:
             self.reference_rows = json.loads(file.read_text()) if file.is_file() else []
             return
+        limit = positions(self.job.model)
         prompts = first_prompts(self.job.held_out or self.job.groups, wanted.prompts)
+        if limit is not None:  # a model made for so many positions may have no more
+            prompts = [prompt for prompt in prompts if len(prompt) + wanted.max_new_tokens <= limit]
         rows = self._sampled(prompts)
         self.reference_rows = [row | {"logps": logps} for row, logps in zip(rows, self._scored(rows), strict=True)]
         if self.args.process_index == 0:

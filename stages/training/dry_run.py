@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-Head = Literal["trained", "fused", "score"]
+Head = Literal["trained", "score"]
 ACTIVATIONS, LOGITS, GRADIENTS = range(3)
 BLOCK = 1 << 22  # as in stages/training/losses.py: logits that are in float32 at a time
-TILE = (4096, 32768)  # tokens and vocabulary of a tile of TRL's fused head (trl/kernels/chunked_logprob.py, trl 1.16)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class Shape:
     checkpointing: bool = False
     attention: str = "sdpa"
     lora: str | None = None  # JSON of PEFT's options
-    reference: bool = False  # a forward pass of a second model in between
     gpu: bool = False  # kernels differ
 
 
@@ -236,7 +234,7 @@ class _Cuts:
 
     def _mark(self, i: int, out: Any) -> None:
         hidden = out[0] if isinstance(out, tuple) else out
-        if i not in self.left:  # else it is run again: by a checkpoint, or as the reference
+        if i not in self.left:  # else it is run again: by a checkpoint
             self.left[i] = self.meter.time
             hidden.register_hook(lambda _: self.reached.setdefault(i, self.meter.time) and None)
 
@@ -267,18 +265,13 @@ def _pass(model: Any, shape: Shape, meter: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=shape.autocast):
         backbone = base.base_model if base.base_model is not base else base.model
         hidden = backbone(**inputs).last_hidden_state
-        if shape.reference:
-            with torch.no_grad():
-                backbone(**inputs)
         above = hidden.detach().requires_grad_()
         meter.label = LOGITS
         if shape.head == "score":
             scores = base.score(above)
             torch.autograd.backward(scores, torch.empty_like(scores))
-        elif shape.head == "trained":
-            trained_head(base.get_output_embeddings(), above)
         else:
-            fused_head(base.get_output_embeddings(), above, compute_half=shape.half or shape.autocast, gpu=shape.gpu)
+            trained_head(base.get_output_embeddings(), above)
         meter.label = ACTIVATIONS
     gradient, above.grad, above = above.grad, None, None
     torch.autograd.backward(hidden, gradient)
@@ -288,35 +281,13 @@ def _pass(model: Any, shape: Shape, meter: Any) -> None:
 
 
 def trained_head(head: Any, hidden: Any) -> None:
-    """What stages/training/losses.py holds if every token is trained: the logits once, their gradient written over them."""
+    """What stages/training/losses.py holds if every token is scored: the logits once, their gradient written over them."""
     import torch
 
     logits = head(hidden.flatten(0, 1).clone())  # picked by a mask
     block = torch.empty(2 * min(BLOCK, logits.numel()), dtype=torch.float32)
     del block
     torch.autograd.backward(logits, logits.detach())
-
-
-def fused_head(head: Any, hidden: Any, *, compute_half: bool, gpu: bool) -> None:
-    """What TRL's `add_fused_lm_head` holds (DPO): tiles of logits, and gradients of hidden states and weights in float32."""
-    import torch
-
-    tokens, vocabulary = hidden.shape[0] * hidden.shape[1], head.weight.shape[0]
-    at_once, columns = min(tokens, TILE[0]), min(vocabulary, TILE[1])
-    compute = torch.bfloat16 if compute_half else torch.float32
-    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    # On a GPU a tile is allocated whole and changed in place; elsewhere pages that are never written cost nothing, and
-    # the softmax of a tile takes copies of it in float32.
-    tile = torch.empty(at_once, TILE[1] if gpu else columns, dtype=compute)
-    weight = torch.empty(columns if compute_half else 0, hidden.shape[-1], dtype=compute)
-    copies = torch.empty(0 if gpu else 8, at_once, columns, dtype=torch.float32)
-    of_hidden = torch.empty(states.shape, dtype=torch.float32)
-    if head.weight.requires_grad:
-        of_weight = torch.empty(head.weight.shape, dtype=torch.float32)
-        head.weight.grad = of_weight.to(head.weight.dtype)
-        del of_weight
-    del tile, weight, copies
-    torch.autograd.backward(states, of_hidden.to(states.dtype))
 
 
 # ---------------------------------------------------------------------------------------------- counting

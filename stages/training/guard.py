@@ -72,11 +72,10 @@ class Guard:
 
 
 def rows_of(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """A collated batch as rows of tokens, padding left out: one for each document; of pairs one for each answer."""
-    ids, mask, labels = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
-    if labels is None:
-        completion = inputs.get("completion_mask", mask)
-        labels = ids if completion is None else ids.masked_fill(completion == 0, -100)
+    """A collated batch as rows of tokens, padding left out: one for each document; of answers one for each line, or for each
+    prompt with all that share it, whose `labels` are the answers."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    labels = inputs["labels"] if "labels" in inputs else labels_of(inputs)
     rows = []
     for i in range(len(ids)):
         if "position_ids" in inputs:
@@ -86,3 +85,12 @@ def rows_of(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
             parts = [slice(None) if mask is None else mask[i].bool()]
         rows += [{"input_ids": ids[i][part].tolist(), "labels": labels[i][part].tolist()} for part in parts]
     return rows
+
+
+def labels_of(inputs: dict[str, Any]) -> Any:
+    """Of a batch of answers (answers.py), as of conversations: the tokens of the answers, and -100."""
+    ids = inputs["input_ids"].flatten()
+    labels = ids.new_full(ids.shape, -100)
+    for end, size in zip(inputs["ends"].tolist(), inputs["answer_of"].bincount().tolist(), strict=True):
+        labels[end - size + 1 : end + 1] = ids[end - size + 1 : end + 1]
+    return labels.view_as(inputs["input_ids"])

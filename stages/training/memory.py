@@ -39,7 +39,6 @@ class Memory:
     optimizer: int  # its state, and the float32 copy of the weights that it changes
     activations: int
     logits: int
-    reference: int  # of DPO: the model that the policy is compared with
     buffers: int  # of communication: DDP's and ZeRO's buckets, weights that ZeRO-3 has gathered
     fixed: int
     moment: str  # backward, optimizer step, merge or export
@@ -108,7 +107,6 @@ def predict(
     deepspeed: Mapping[str, Any] | None = None,
     four_bits: bool = False,
     double_quant: bool = True,
-    reference: bool = False,
 ) -> Memory:
     """The peak of one worker.
 
@@ -116,7 +114,6 @@ def predict(
         shape: the model, its micro-batch, precision and adapter. With DeepSpeed in bfloat16 the weights are `half`.
         deepspeed: as `deepspeed_config` gives it.
         four_bits: QLoRA; `double_quant` of its scales.
-        reference: a second, frozen model beside it (DPO without an adapter).
 
     Raises:
         Unpredictable: the model cannot be built from its config.
@@ -128,7 +125,7 @@ def predict(
     state = optimizer_bytes(optim, anatomy)
     each = int(run.series[-1, 2])  # bytes of all gradients
     fixed = CUDA_CONTEXT + (NCCL if workers > 1 else 0) if shape.gpu else CPU_PROCESS
-    base = Memory(held, 0, state, 0, 0, held if reference else 0, 0, fixed, "backward", 0, run.estimated)
+    base = Memory(held, 0, state, 0, 0, 0, fixed, "backward", 0, run.estimated)
     stay = accumulation > 1
     activations, logits, gradients = run.peak(stay or (zero is not None and zero.stage >= 2))
     if stay:
@@ -193,17 +190,15 @@ def _shared(m: Memory, zero: Zero, anatomy: Anatomy, each: int, shape: Shape, wo
     gradients = m.gradients if stage == 1 and not stepping else int(each * part)
     # The last bucket is still held when the optimizer steps. Seen with DeepSpeed 0.19.8, as all of this function.
     buffers = (1 if stepping else zero.buckets) * min(zero.bucket * size, each)
-    weights, reference, host = m.weights, m.reference, 0
+    weights, host = m.weights, 0
     if stage == 3:
         gathered = min(m.weights, zero.live * (2 if shape.half else 4))
         buffers += gathered  # released only when the optimizer has stepped
-        weights, reference = int(weights * part), int(reference * part)
+        weights = int(weights * part)
         if zero.weights_offloaded:
             weights, host = 0, weights
     if zero.optimizer_offloaded:  # with gradients in float32 and the changed weights, and a second bucket on their way
         host += state + master + int(m.weights * part)
         state, flat, gradients, buffers = 0, 0, 0 if stage >= 2 else gradients, 2 * buffers
-    m = replace(
-        m, weights=weights, reference=reference, optimizer=state, gradients=gradients + flat, buffers=buffers, host=host
-    )
+    m = replace(m, weights=weights, optimizer=state, gradients=gradients + flat, buffers=buffers, host=host)
     return m if shape.gpu else replace(m, optimizer=m.optimizer + m.host, host=0)  # on a CPU it is the same memory

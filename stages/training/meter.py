@@ -68,8 +68,8 @@ class Meter:
             return
         ids = batch["input_ids"]
         tokens = batch.get("tokens") or int(batch["attention_mask"].sum())
-        weights = batch.get("loss_weights", batch.get("completion_mask"))
-        trained_tokens = tokens if weights is None else int((weights > 0).sum())
+        scored = batch["answer_ids"] if "answer_ids" in batch else batch["loss_weights"] > 0
+        trained_tokens = len(scored) if "answer_ids" in batch else int(scored.sum())
         self.counts["tokens"] += tokens
         self.counts["trained"] += trained_tokens
         self.counts["slots"] += ids.numel()
