@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from pipeline.spec import BASE, Head, Spec
-from pipeline.sweep import Expanded, expand, get
+from pipeline.sweep import Expanded, expand, get, told
 from pipeline.training_checks import spec_problems
 from stages import KINDS, Init, Stage
 from stages.data.hub import SCHEME
@@ -107,8 +107,11 @@ class _Checker:
         return spec
 
     def _raise(self) -> NoReturn:
-        self._tell_of_variants()
-        raise SpecError(sorted(self.problems, key=lambda p: p.line or 0), self.file)
+        of_variants = [
+            Problem(dotted(path), message, line_of(path, self.lines))
+            for path, message in told(self.of_variants, self.expanded)
+        ]
+        raise SpecError(sorted(self.problems + of_variants, key=lambda p: p.line or 0), self.file)
 
     # -- the parts
 
@@ -122,7 +125,7 @@ class _Checker:
                 self._problem(
                     ("stages", name), "a stage's name is small letters, digits, - and _, and not a file of a run"
                 )
-        self.expanded = expand(raw, _model_fields, self._problem)
+        self.expanded = expand(raw, self._problem)
         raw = self.expanded.stages
         if isinstance(self.raw.get("model"), dict) and isinstance(self.raw["model"].get("init"), dict):
             if BASE in raw:
@@ -363,40 +366,18 @@ class _Checker:
         if not any(known.path == dotted(path) for known in self.problems):  # the first is the cause of what follows
             self.problems.append(Problem(dotted(path), message, line_of(path, self.lines)))
 
-    def _tell_of_variants(self) -> None:
-        """The mistakes of variants where they were written: once where all have one, else with the variants that do."""
-        groups: dict[tuple[str | None, tuple[Any, ...], str], list[str]] = {}
-        for (_, variant, *keys), message in self.of_variants:
-            groups.setdefault((self.expanded.sweep_of(variant), tuple(keys), message), []).append(variant)
-        for (sweep, rest, message), variants in groups.items():
-            written: dict[tuple[Any, ...], list[str]] = {}
-            for variant in variants:
-                written.setdefault(self.expanded.place(("stages", variant, *rest)), []).append(variant)
-            if len(variants) == len(self.expanded.sweeps[str(sweep)]):  # whatever the value
-                written = {at[:-1] if at[2:3] == ("sweep",) and len(at) == 5 else at: [] for at in written}
-            for at, having in written.items():
-                few = ", ".join(having[:3]) + (f" and {len(having) - 3} more" if len(having) > 3 else "")
-                who = f" (variant{'s' * (len(having) > 1)} {few})" if having else ""
-                self.problems.append(Problem(dotted(at), message + who, line_of(at, self.lines)))
-
     def _validate(self, cls: type[BaseModel], raw: Any, path: tuple[Any, ...]) -> BaseModel | None:
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            told: set[tuple[Any, ...]] = set()
+            seen: set[tuple[Any, ...]] = set()
             for e in error.errors():
                 where = _existing(raw, e["loc"])
-                if where in told and e["type"] != "extra_forbidden":
+                if where in seen and e["type"] != "extra_forbidden":
                     continue  # the members of a union each complain of the same value
-                told.add(where)
+                seen.add(where)
                 self._problem((*path, *where), _message(cls, dict(e), where))
             return None
-
-
-def _model_fields(raw: Any) -> list[str]:
-    """Names of the fields in which a stage names models."""
-    kind = raw.get("kind") if isinstance(raw, dict) else None
-    return list(KINDS[kind].accepts) if isinstance(kind, str) and kind in KINDS else []
 
 
 def _existing(raw: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:

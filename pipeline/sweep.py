@@ -2,7 +2,7 @@
 
     dpo: {kind: dpo, model: stages.sft, sweep: {train.beta: [0.05, 0.1]}}
 
-is the two stages `dpo-beta-0.05` and `dpo-beta-0.1`. What takes a list of models takes them all by `stages.dpo`; so does
+is the two stages `dpo-beta-0.05` and `dpo-beta-0.1`. An evaluation takes them all by `models: [stages.dpo]`; so does
 `sweep: {model: [stages.dpo]}`, which makes one stage after each of them. Pure: plain data in, plain data out. Everything after
 knows only ordinary stages.
 """
@@ -15,14 +15,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MODEL, MODELS = "model", "models"  # fields in which a sweep stands for all its variants: swept over, or side by side
 AT_MOST = 64  # variants of one sweep
 LONGEST_NAME, LONGEST_VALUE = 120, 40  # characters; a file's name has at most 255
 
 Path = tuple[Any, ...]
+Tell = Callable[[Path, str], None]
 Sweeps = dict[str, dict[str, dict[str, Any]]]  # sweep -> name of a variant -> dotted path -> value
 
 
@@ -53,24 +55,19 @@ class Expanded:
         return f"{ref} is a sweep; name one of its variants: {', '.join(f'stages.{name}' for name in variants)}"
 
 
-def expand(
-    stages: Mapping[str, Any], fields: Callable[[Any], list[str]], tell: Callable[[Path, str], None]
-) -> Expanded:
+def expand(stages: Mapping[str, Any], tell: Tell) -> Expanded:
     """The stages with each sweep in the place of its variants.
 
     Args:
         stages: as written.
-        fields: names of the fields of a stage that name models.
         tell: called with (path, message) of each mistake; a stage with one is taken without its sweep.
     """
-    return _Expansion(stages, fields, tell).carry_out()
+    return _Expansion(stages, tell).carry_out()
 
 
 class _Expansion:
-    def __init__(
-        self, stages: Mapping[str, Any], fields: Callable[[Any], list[str]], tell: Callable[[Path, str], None]
-    ) -> None:
-        self.given, self.fields, self.tell = stages, fields, tell
+    def __init__(self, stages: Mapping[str, Any], tell: Tell) -> None:
+        self.given, self.tell = stages, tell
         self.out = Expanded()
         self.made: dict[str, dict[str, Any]] = {}  # stage -> its variants; itself where it has no sweep
 
@@ -97,7 +94,7 @@ class _Expansion:
         return self.made[name]
 
     def _sweep(self, name: str, base: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
-        choices = [list(self._values(path, values, self.fields(base))) for path, values in sweep.items()]
+        choices = [list(self._values(path, values)) for path, values in sweep.items()]
         count = math.prod(map(len, choices))
         if count > AT_MOST:
             self.tell(("stages", name, "sweep"), f"{count} variants, at most {AT_MOST} are made; leave some values out")
@@ -117,10 +114,10 @@ class _Expansion:
             self.made[name][variant] = stage
             self.out.sweeps[name][variant] = {p: value for p, (_, value) in zip(sweep, chosen, strict=True)}
 
-    def _values(self, path: str, values: list[Any], fields: list[str]) -> Iterator[tuple[int, Any]]:
+    def _values(self, path: str, values: list[Any]) -> Iterator[tuple[int, Any]]:
         """(index as written, value); a sweep among the models that are swept over gives each of its variants."""
         for index, value in enumerate(values):
-            for each in self._each(value) if path in fields else [value]:
+            for each in self._each(value) if path == MODEL else [value]:
                 yield index, each
 
     def _each(self, ref: Any) -> list[Any]:
@@ -130,20 +127,35 @@ class _Expansion:
         return [f"stages.{variant}" for variant in self.variants(target)]
 
     def _with_models(self, name: str, stage: Any) -> Any:
-        """A list of models with all variants of the sweeps it names."""
-        for key in self.fields(stage) if isinstance(stage, dict) else []:
-            if not isinstance(stage.get(key), list):
-                continue
-            models: list[Any] = []
-            written = self.out.place(("stages", name, key))
-            for index, ref in enumerate(stage[key]):
-                each = self._each(ref)
-                for model in each:
-                    if len(each) == 1 or model not in models:  # one of them may be named besides
-                        self.out.written["stages", name, key, len(models)] = (*written, index)
-                        models.append(model)
-            stage = {**stage, key: models}
-        return stage
+        """A stage whose list of models has all variants of the sweeps it names."""
+        if not isinstance(stage, dict) or not isinstance(stage.get(MODELS), list):
+            return stage
+        models: list[Any] = []
+        written = self.out.place(("stages", name, MODELS))
+        for index, ref in enumerate(stage[MODELS]):
+            each = self._each(ref)
+            for model in each:
+                if len(each) == 1 or model not in models:  # one of them may be named besides
+                    self.out.written["stages", name, MODELS, len(models)] = (*written, index)
+                    models.append(model)
+        return {**stage, MODELS: models}
+
+
+def told(found: Sequence[tuple[Path, str]], expanded: Expanded) -> Iterator[tuple[Path, str]]:
+    """Mistakes of variants, by their paths in `expanded`, as (path in the spec, message): where all variants of a sweep have
+    one it is told once, else with the variants that have it."""
+    groups: dict[tuple[str, Path, str], list[str]] = {}
+    for (_, variant, *keys), message in found:
+        groups.setdefault((expanded.sweep_of(variant) or "", tuple(keys), message), []).append(variant)
+    for (sweep, rest, message), variants in groups.items():
+        written: dict[Path, list[str]] = {}
+        for variant in variants:
+            written.setdefault(expanded.place(("stages", variant, *rest)), []).append(variant)
+        if len(variants) == len(expanded.sweeps[sweep]):  # whatever the value
+            written = {at[:-1] if at[2:3] == ("sweep",) and len(at) == 5 else at: [] for at in written}
+        for at, having in written.items():
+            few = ", ".join(having[:3]) + (f" and {len(having) - 3} more" if len(having) > 3 else "")
+            yield at, message + (f" (variant{'s' * (len(having) > 1)} {few})" if having else "")
 
 
 def _problems(base: dict[str, Any], sweep: Any) -> Iterator[tuple[Path, str]]:
@@ -249,21 +261,22 @@ def fold(stages: dict[str, Any], sweeps: Sweeps) -> dict[str, Any]:
             swept = {path: _distinct([chosen[path] for chosen in settings]) for path in settings[0]}
             for path in swept:
                 stage = _without(stage, path.split("."))
-            swept = {path: _as_sweeps(values, sweeps) for path, values in swept.items()}
+            if MODEL in swept:
+                swept[MODEL] = _as_sweeps(swept[MODEL], sweeps)
             out[first[name]] = {**stage, "sweep": swept}
         elif name not in others:
             out[name] = stage
-    return {name: {k: _as_sweeps(v, sweeps) for k, v in stage.items()} for name, stage in out.items()}
+    return {n: {k: _as_sweeps(v, sweeps) if k == MODELS else v for k, v in stage.items()} for n, stage in out.items()}
 
 
-def _as_sweeps(value: Any, sweeps: Sweeps) -> Any:
+def _as_sweeps(models: list[Any], sweeps: Sweeps) -> list[Any]:
     """A list of models with all variants of a sweep, where they stand one after another, as the sweep."""
-    for sweep, variants in sweeps.items() if isinstance(value, list) else ():
+    for sweep, variants in sweeps.items():
         each = [f"stages.{variant}" for variant in variants]
-        for at in range(len(value)):
-            if value[at : at + len(each)] == each:
-                value = [*value[:at], f"stages.{sweep}", *value[at + len(each) :]]
-    return value
+        for at in range(len(models)):
+            if models[at : at + len(each)] == each:
+                models = [*models[:at], f"stages.{sweep}", *models[at + len(each) :]]
+    return models
 
 
 def _distinct(values: list[Any]) -> list[Any]:

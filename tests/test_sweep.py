@@ -121,7 +121,7 @@ def test_several_paths_are_their_product(spec: Path) -> None:
 )  # fmt: skip
 def test_names(sweep: str, names: list[str]) -> None:
     raw = YAML(typ="safe").load(sweep)
-    assert list(expand({"dpo": {"kind": "dpo", "sweep": raw}}, lambda _: [], pytest.fail).stages) == names
+    assert list(expand({"dpo": {"kind": "dpo", "sweep": raw}}, pytest.fail).stages) == names
 
 
 def test_what_follows_a_sweep_can_follow_each_variant(spec: Path) -> None:
@@ -194,7 +194,7 @@ def test_the_saved_spec_gives_the_same_plan(spec: Path, sweep: str, tmp_path: Pa
 def test_folding_undoes_expanding(sweep: dict[str, list[Any]]) -> None:
     told: list[Any] = []
     stages = {"x": {"kind": "k", "b": {"z": 1}, "sweep": sweep}, "y": {"models": ["stages.x", "base"]}}
-    out = expand(stages, lambda s: ["models"] if "models" in s else [], lambda *said: told.append(said))
+    out = expand(stages, lambda *said: told.append(said))
     if told:
         assert all("twice" in message for _, message in told)
         return
@@ -330,3 +330,22 @@ def test_circles_through_a_sweep(spec: Path) -> None:
 def test_labels_are_the_shortest_that_differ() -> None:
     assert labels(["train.beta", "train.loss_type"]) == {"train.beta": "beta", "train.loss_type": "loss_type"}
     assert labels(["a.r", "b.r", "r"]) == {"a.r": "a.r", "b.r": "b.r", "r": "r"}
+
+
+def test_a_dataset_and_a_reward_are_one_of_the_variants(spec: Path) -> None:
+    """The answers of all variants together, or the sum of all rewards, would be something else."""
+    make = "  pairs: {{kind: generate, model: stages.sft, data: [{{path: {0}}}], rewards: [{1}], samples: 2, max_new_tokens: 8, sweep: {{temperature: [0.7, 1.0]}}}}"
+    prompts = load_spec(spec).stages["dpo-beta-0.1"].data[0].path
+    reward = f"  reward: {{kind: reward, model: stages.sft, data: [{{path: {prompts}}}], sweep: {{train.max_steps: [1, 2]}}}}\n"
+    made = make.format(prompts, "stages.reward-max_steps-1")
+    changed(spec, ("  eval:", f"{reward}{made}\n  eval:"))
+    read = load_spec(spec, ["stages.dpo.data=[{path: stages.pairs-temperature-0.7}]"])
+    assert read.upstream("dpo-beta-0.1") == ["sft", "pairs-temperature-0.7"]
+    assert load_spec(saved(read, spec.parent)).as_yaml() == read.as_yaml()
+    which = "stages.{0} is a sweep; name one of its variants: stages.{0}-{1}, stages.{0}-{2}"
+    assert problems(spec, "stages.dpo.data=[{path: stages.pairs}]") == {
+        "stages.dpo.data.0.path": (8, which.format("pairs", "temperature-0.7", "temperature-1.0"))
+    }
+    assert problems(spec, "stages.pairs.rewards=[stages.reward]")["stages.pairs.rewards.0"][1] == which.format(
+        "reward", "max_steps-1", "max_steps-2"
+    )
