@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -31,8 +31,8 @@ COLUMNS = {
 SHARES = ("exact_match", "stopped", "preference_accuracy")
 # What a sweep's table shows of the variants' own metrics; as `eval_...` where they have that.
 OWN = (
-    "loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "chosen_ratio", "samples/kl", "samples/tokens",
-    "calibration_error", "length_correlation",
+    "loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "samples/kl", "calibration_error",
+    "length_correlation",
 )  # fmt: skip
 # Of these more, or less, is better whatever was swept over. Of the others (margins, KL, lengths) neither is.
 HIGHER = ("exact_match", "stopped", "preference_accuracy", "accuracy", "rewards/accuracies")
@@ -44,6 +44,8 @@ def cell(metrics: Mapping[str, Any], name: str) -> str:
     value, error = metrics.get(name), metrics.get(f"{name}_stderr")
     if value is None:
         return ""
+    if name == "answer_tokens":
+        return f"{value:.1f}"
     return (f"{100 * value:.1f}%" if name in SHARES else number(value)) + (f" ±{number(error)}" if error else "")
 
 
@@ -193,10 +195,11 @@ def render_run(folder: RunFolder) -> Group:
         table = Table(
             title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold"
         )
-        table.add_column("model")
+        table.add_column("model", overflow="fold")
         columns = [c for c in COLUMNS if any(c in metrics for metrics in manifest["metrics"].values())]
         for column in columns:
-            table.add_column(COLUMNS[column], justify="left" if column == "preference_by" else "right")
+            justify: JustifyMethod = "left" if column == "preference_by" else "right"
+            table.add_column(COLUMNS[column], justify=justify, overflow="fold")
         for model, metrics in manifest["metrics"].items():
             table.add_row(model, *[cell(metrics, c) for c in columns])
         parts.append(table)
@@ -209,7 +212,8 @@ def _render_sweep(sweep: SweepTable) -> Table:
     title = f"\n{sweep.name}: {len(sweep.rows)} variants" + ", * the best of a column" * bool(sweep.best)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(sweep.columns):
-        table.add_column(column, justify="right" if i > sweep.settings else "left")
+        # folded where the terminal is narrow: nothing is cut
+        table.add_column(column, justify="right" if i > sweep.settings else "left", overflow="fold")
     marked = {column for _, column in sweep.best}
     for r, row in enumerate(sweep.rows):
         cells = [cell + ("*" if (r, c) in sweep.best else " " * (c in marked)) for c, cell in enumerate(row)]
