@@ -20,7 +20,7 @@ from pipeline.plan import Plan, PlannedStage, lacking, machine_resources, with_m
 from pipeline.training_checks import gpus, model_config, with_defaults
 from stages import Generate, Init
 from stages.data.prepare import Prepared, find_prepared
-from stages.data.source import DataSource, count_rows
+from stages.data.source import DataSource, count_rows, resolve_formats
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import DataError
 from stages.training.architecture import fetch_config
@@ -129,7 +129,7 @@ def amount_of(plan: Plan, planned: PlannedStage) -> Amount:
         rows, tokens, longest, size = found
         steps = planned_steps(stage, rows, workers, packed=True)
         return Amount(rows, tokens, steps, _epochs(stage, rows, steps, workers), longest, size)
-    expected = expected_rows(stage.sources())
+    expected = expected_rows(stage.sources(), pairs_are_two=getattr(stage, "task", None) == "labelled")
     if not isinstance(stage, TrainStage) or expected is None:
         return Amount(expected)
     steps = planned_steps(stage, expected, workers)
@@ -206,14 +206,21 @@ def _tokenizer_of(plan: Plan, planned: PlannedStage) -> str | None:
     return ref if Path(ref).is_dir() else None
 
 
-def expected_rows(sources: list[DataSource]) -> int | None:
+def expected_rows(sources: list[DataSource], pairs_are_two: bool = False) -> int | None:
     """Rows to train on, by what the files have, weights and splits; None where that takes a download.
+
+    `pairs_are_two`: a pair is split into two answers with a label.
 
     What filters, duplicates and the ledger take away is known only once the data is prepared.
     """
-    counts = [(count_rows(source), source) for source in sources]
-    known = [count * (1 - (source.eval or 0)) * source.weight for count, source in counts if count is not None]
-    return round(sum(known)) if len(known) == len(counts) else None
+    total = 0.0
+    for source in sources:
+        count = count_rows(source)
+        if count is None:
+            return None
+        each = 2 if pairs_are_two and resolve_formats([source]) == ["preference"] else 1
+        total += each * count * (1 - (source.eval or 0)) * source.weight
+    return round(total)
 
 
 def shares_of(stage: TrainStage, workers: int) -> Shares:

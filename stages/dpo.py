@@ -109,6 +109,7 @@ def build_trainer(parts: TrainerParts) -> Any:
         layout=layout,
         extra=REFERENCE[PAIR] if loss.needs_reference else (),
         ld_alpha=parts.job.arguments.get("ld_alpha"),
+        token_share=True,
         pad_to_multiple_of=parts.multiple(),
     )
     trainer.samples_collator = answer_collator(parts.tokenizer.pad_token_id, LABELLED, layout=layout)

@@ -79,7 +79,7 @@ def test_placeholders_and_shares_and_columns() -> None:
     rows = [*pairs(2), {"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0], "placeholder": True}]
     rows[0] |= {"margin": 0.5, "label": True}
     rows[1] |= {"margin": None, "label": False}
-    batch = answer_collator(0, SIDES, layout="padded", extra=("margin", "label"))(rows)
+    batch = answer_collator(0, SIDES, layout="padded", extra=("margin", "label"), token_share=True)(rows)
     assert batch["real"].tolist() == [1.0, 1.0, 0.0]
     assert batch["loss_share"] == (2.0, float(len(rows[0]["chosen_ids"]) + len(rows[1]["chosen_ids"])))
     assert batch["extra"]["margin"].tolist() == [0.5, 0.0, 0.0] and batch["extra"]["label"].tolist() == [1.0, 0.0, 0.0]
@@ -172,7 +172,7 @@ def test_dpo_losses_are_trls(model: str, tokenizer: Any, tmp_path: Path, loss_ty
     theirs.backward()
 
     ld_alpha = more.get("ld_alpha")
-    batch = answer_collator(0, SIDES, layout="shared", ld_alpha=ld_alpha)(rows)
+    batch = answer_collator(0, SIDES, layout="shared", ld_alpha=ld_alpha, token_share=True)(rows)
     own, reference = loaded(policy, "shared"), loaded(model, "shared")
     with torch.no_grad():
         before = score_answers(TrainedHead(reference), reference, batch, sides=2).logps

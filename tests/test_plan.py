@@ -18,6 +18,8 @@ from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
 
+from .conftest import write_jsonl
+
 
 def pipeline(data: Path, model: str, storage: Path, **changes: Any) -> Pipeline:
     stages: dict[str, Any] = {
@@ -93,10 +95,11 @@ def test_plan_json_has_the_contracts_fields(data: Path, model: str, tmp_path: Pa
     for row in (sft, dpo):
         parts = {k: v for k, v in row["memory"].items() if k not in ("moment", "host")}
         assert sum(parts.values()) == row["memory_per_worker_bytes"]
-    assert sft["memory"]["optimizer"] == pytest.approx(2 * dpo["memory"]["reference"], rel=1e-3)
-    assert sft["memory"]["reference"] == 0
+    weights = sft["memory"]["optimizer"] / 2
+    assert (
+        dpo["memory"]["weights"] == sft["memory"]["weights"] == pytest.approx(weights, rel=1e-3)
+    )  # and no second model
     # a checkpoint (weights and two moments), the model, and the data as large as its file
-    weights = dpo["memory"]["reference"]
     assert sft["disk_bytes"] == pytest.approx(4 * weights + (data / "chats.jsonl").stat().st_size, rel=0.01)
 
 
@@ -233,6 +236,13 @@ def test_steps_of_packs_are_not_known_before_they_are_made() -> None:
     stage = SFT(data=[{"path": "a.jsonl"}], train={"packing": True})
     assert planned_steps(stage, 1000, 1) is None
     assert planned_steps(SFT(data=[{"path": "a.jsonl"}], train={"packing": True, "max_steps": 7}), 1000, 1) == 7
+
+
+def test_pairs_of_a_kto_stage_are_two_rows_each(tmp_path: Path) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 10)
+    single = write_jsonl(tmp_path / "single.jsonl", [{"prompt": "a", "completion": "b", "label": True}] * 10)
+    sources = [DataSource(path=str(pairs), eval=0.2), DataSource(path=str(single))]
+    assert expected_rows(sources) == 18 and expected_rows(sources, pairs_are_two=True) == 26
 
 
 def test_held_out_rows_of_an_evaluation_are_scored_once() -> None:

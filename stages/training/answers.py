@@ -37,6 +37,7 @@ def answer_collator(
     layout: Layout,
     extra: Sequence[str] = (),
     ld_alpha: float | None = None,
+    token_share: bool = False,
     pad_to_multiple_of: int | None = None,
 ) -> Callable[[list[Row]], Batch]:
     """A function of rows that gives the model's inputs (`input_ids`, and `position_ids` of a single line), and
@@ -46,7 +47,8 @@ def answer_collator(
     - `ends` (answers,): where each one's last token is;
     - `answer_weights` (n,): what a token counts for in its answer, where `ld_alpha` is given: 1 up to the length of the
       shorter answer of its pair, beyond it `ld_alpha` (Liu et al. 2024, "Length Desensitization in DPO", eq. 10);
-    - `real` (rows,): 0 for a placeholder, else 1, and `loss_share`: (rows that are real, tokens of their first answers);
+    - `real` (rows,): 0 for a placeholder, else 1, and `loss_share`: how many are real, and where `token_share` is wanted how
+      many tokens their first answers have;
     - `extra`: name -> (rows,) of the columns that are named;
     - `tokens`: how many there are, padding not counted.
 
@@ -92,7 +94,7 @@ def answer_collator(
             batch["answer_weights"] = torch.from_numpy(np.concatenate(each).astype(np.float32))
         real = np.array([not row.get("placeholder") for row in rows])
         batch["real"] = torch.from_numpy(real.astype(np.float32))
-        batch["loss_share"] = (float(real.sum()), float(lengths[: len(rows)][real].sum()))
+        batch["loss_share"] = (float(real.sum()), *([float(lengths[: len(rows)][real].sum())] if token_share else []))
         batch["extra"] = {
             name: torch.tensor([0.0 if row.get(name) is None else float(row[name]) for row in rows]) for name in extra
         }

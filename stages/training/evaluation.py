@@ -36,6 +36,7 @@ def evaluate_held_out(trainer: Any) -> dict[str, float]:
             inputs = trainer._prepare_inputs(batch)
             scored = trainer.score(model, inputs)
             loss, share = trainer.held_out_loss(scored, inputs)
+            assert len(loss) == torch.as_tensor(share).numel(), "each term of a loss has its share"
             terms, counts = terms + loss.cpu().double(), counts + torch.as_tensor(share).cpu().double().reshape(-1)
             add_metrics(sums, scored.metrics)
     model.train(was_training)

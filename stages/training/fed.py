@@ -100,6 +100,7 @@ class Fed(Checkpoints):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         scored = self.score(model, inputs)
+        assert scored.terms.shape == num_items_in_batch.shape, "each term of a loss has its share"
         # The mean that DDP and DeepSpeed take over workers is undone.
         loss = (scored.terms / num_items_in_batch.clamp(min=1e-6)).sum() * self.accelerator.num_processes
         if getattr(

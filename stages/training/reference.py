@@ -84,8 +84,8 @@ def with_reference(
     gpu = ctx.resources.gpus_per_worker > 0
     computed = {name: job.arguments.get(name) for name in ("bf16", "fp16")} | {"gpu": gpu}
     key = {
-        "version": VERSION, "model": weights_hash(job.model), "quantization": job.quantization, "sides": wanted.sides,
-        "ld_alpha": wanted.ld_alpha, "kl": wanted.kl, **computed,
+        "version": VERSION, "model": weights_hash(folder_of(job.model)), "quantization": job.quantization,
+        "sides": wanted.sides, "ld_alpha": wanted.ld_alpha, "kl": wanted.kl, **computed,
     }  # fmt: skip
     target = data.path.with_name(f"{data.path.name}-reference-{digest(json.dumps(key, sort_keys=True))[:12]}")
     reused = (target / "manifest.json").is_file()
@@ -130,7 +130,7 @@ def _make(
         "max_length": data.manifest["key"]["recipe"]["max_length"],
         "gpu": ctx.resources.gpus_per_worker > 0,
     }
-    weights = sum(file.stat().st_size for file in Path(job.model).glob("*.safetensors")) / 4
+    weights = sum(file.stat().st_size for file in folder_of(job.model).glob("*.safetensors")) / 4
     little = weights * data.tokens < LITTLE
     run_pool(ReferenceWorker, options, left, ctx=ctx, little=little, progress=progress)
     tokens = data.tokens
@@ -145,11 +145,17 @@ def _make(
     os.rename(work, target)
 
 
-def weights_hash(model: str) -> str:
-    """What identifies a model: the content of its folder's weights and config; of a hub id the snapshot's."""
+def folder_of(model: str) -> Path:
+    """Where a model's weights lie; those of the hub are fetched, as training would."""
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download
 
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+    return Path(snapshot_download(model, allow_patterns=["config.json", "*.safetensors"]))
+
+
+def weights_hash(folder: Path) -> str:
+    """What identifies a model: the content of its weights and config."""
     known = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.iterdir()):
         if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
