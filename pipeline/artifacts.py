@@ -89,7 +89,7 @@ class RunFolder:
 
     def was_started(self, name: str, fingerprint: str) -> bool:
         work = self.work(name, fingerprint)
-        return any(work.glob("checkpoints/checkpoint-*/complete.json")) or any(work.glob("samples/[0-9]*.json"))
+        return any(work.glob("checkpoints/checkpoint-*/complete.json")) or (work / "rewards").is_dir()
 
     def recall(self, name: str, fingerprint: str) -> None:
         """Bring a published artifact to its place if a later one stands there."""

@@ -10,7 +10,7 @@ from stages.base import StageContext
 from stages.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from stages.generate import Chunk
+    from stages.answering import Chunk
 
 
 def sample_with_vllm(chunks: Sequence[Chunk], folder: Path, options: dict[str, Any], ctx: StageContext) -> int:
@@ -23,7 +23,7 @@ def sample_with_vllm(chunks: Sequence[Chunk], folder: Path, options: dict[str, A
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
     from transformers import GenerationConfig
 
-    from stages.generate import as_answer, write_chunk
+    from stages.answering import as_answer, write_chunk
     from stages.sampling import ended, stop_ids_of
 
     model = ctx.input().model

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from pipeline import Pipeline
-from pipeline.artifacts import RunFolder, write_json
+from pipeline.artifacts import RunFolder
 from pipeline.estimate import describe
 from pipeline.inspection import inspect
 from pipeline.plan import Plan, lineage, make_plan, with_made_data
 from pipeline.spec_reader import load_spec
+from stages.answering import cut
 from stages.data.prepare import Prepared
 from stages.errors import SpecError
-from stages.generate import cut
 
 from .conftest import write_jsonl
 
@@ -175,9 +175,7 @@ def test_inspect_shows_what_is_made_and_names_who_makes_the_rest(spec: Path, dat
 
 def test_an_interrupted_stage_is_told_as_that(spec: Path) -> None:
     plan = make_plan(load_spec(spec))
-    samples = plan.folder.work("pairs", plan["pairs"].fingerprint) / "samples"
-    samples.mkdir(parents=True)
-    write_json(samples / "000000.json", [])
+    (plan.folder.work("pairs", plan["pairs"].fingerprint) / "rewards").mkdir(parents=True)
     assert make_plan(load_spec(spec))["pairs"].state == "resume"
 
 

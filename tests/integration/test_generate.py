@@ -213,7 +213,7 @@ def test_what_was_sampled_is_not_sampled_again(ctx: StageContext, data: Path, mo
     ctx.inputs["model"] = [often_stopping(model, tmp_path / "policy")]
     with pytest.raises(StageError, match=r"own_rewards:wrong gave nan for chats.jsonl, row \d+ \(the answer"):
         stage(data, rewards=["own_rewards:wrong"], max_prompts=20).run(ctx)
-    samples = ctx.work / "samples" / "000000.json"
+    (samples,) = ctx.prepared.glob("samples-*/000000.json")
     answers = json.loads(samples.read_text())
     answers[0] = [{"ids": [50, 2], "text": text, "stopped": True} for text in ("told", "apart")]
     samples.write_text(json.dumps(answers))
@@ -222,7 +222,10 @@ def test_what_was_sampled_is_not_sampled_again(ctx: StageContext, data: Path, mo
     assert {first["chosen"][0]["content"], first["rejected"][0]["content"]} == {"told", "apart"}
     assert result.metrics["prompts"] == 20 and result.metrics["tokens_per_second"] is None
     assert result.details["ledger"]["reasons"]["max_prompts"] == 81 and result.details["ledger"]["read"] == 101
-    assert not samples.exists()
+    assert samples.exists() and not (ctx.work / "rewards").exists()
+    other = stage(data, max_prompts=20, make="best").run(ctx)  # the same answers, used otherwise
+    assert other.metrics["tokens_per_second"] is None
+    assert stage(data, max_prompts=20, temperature=0.9).run(ctx).metrics["tokens_per_second"] is not None
 
 
 def test_no_row_at_all_is_an_error_with_the_reasons(ctx: StageContext, data: Path) -> None:
@@ -291,22 +294,23 @@ def test_a_run_that_is_killed_goes_on_with_the_chunks_that_are_left(tmp_path: Pa
         "kind": "generate", "data": [{"path": "prompts.jsonl"}], "max_new_tokens": 48, "rewards": ["own_rewards:slow"]}}}  # fmt: skip
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     assert raylign(tmp_path, "run", "spec.yaml").returncode == 0
-    (tmp_path / "spec.yaml").write_text(json.dumps(spec | {"name": "killed"}))
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec | {"storage": "killed"}))
     command = [sys.executable, "-m", "pipeline", "run", "spec.yaml"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 200
-    while time.time() < deadline and len(list(tmp_path.glob("runs/killed/.work/*/samples/0*.json"))) < 3:
+    while time.time() < deadline and len(list(tmp_path.glob("killed/.prepared/samples-*/0*.json"))) < 3:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(3)  # the stage's process ends with its runner
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/killed/.work/*/samples/0*.json")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/.prepared/samples-*/0*.json")}
     assert 3 <= len(before) < 24
     plan = json.loads(raylign(tmp_path, "plan", "spec.yaml", "--json").stdout)["stages"]
     assert plan[0]["state"] == "resume"
     done = raylign(tmp_path, "run", "spec.yaml")
     assert done.returncode == 0 and "goes on where it was" in done.stdout, done.stdout + done.stderr
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     whole, killed = (
-        (tmp_path / "runs" / name / "made/data/part-00000.jsonl").read_text() for name in ("whole", "killed")
+        (tmp_path / storage / "whole/made/data/part-00000.jsonl").read_text() for storage in ("runs", "killed")
     )
     assert whole == killed
