@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from stages.base import StageContext, StageResult
 from stages.data.encode import Task
 from stages.data.prepare import Prepared
-from stages.errors import DataError
+from stages.errors import DataError, nearest
 from stages.training.answers import answer_collator, score_answers
 from stages.training.arguments import TrainConfig, library_defaults, train_config
 from stages.training.drift import Drift, Samples
 from stages.training.fed import Fed, Scored
 from stages.training.head import TrainedHead
 from stages.training.job import TrainerParts
-from stages.training.preference import kto_loss
+from stages.training.preference import KTO_LOSS_TYPES, kto_loss
 from stages.training.reference import KL, LABELLED, REFERENCE, References, references_elsewhere
 from stages.training.stage import TrainStage, run_training
 
@@ -36,6 +38,18 @@ class KTO(TrainStage):
 
     produces: ClassVar = "model"
     task: ClassVar[Task] = "labelled"
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> KTO:
+        settings = self.settings()
+        if (name := settings.pop("loss_type")) not in KTO_LOSS_TYPES:
+            raise ValueError(
+                f"loss_type: {name} is not one of {', '.join(KTO_LOSS_TYPES)}{nearest(name, KTO_LOSS_TYPES)}"
+            )
+        for name, value in settings.items():
+            if value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value:g}")
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What the loss is made with."""

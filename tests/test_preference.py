@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages import KTO
 from stages.training.preference import LOSS_TYPES, REFERENCE_FREE, PairLoss, bradley_terry, kto_loss, pair_loss
 
 BETA, SMOOTH, GAMMA = 0.3, 0.1, 0.4
@@ -165,7 +166,7 @@ def test_bradley_terry_is_its_formula() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"loss_type": "sigmoyd"}, "sigmoyd is not one of"),
+        ({"loss_type": "sigmoyd"}, "sigmoyd is not one of .*; did you mean sigmoid"),
         ({"loss_type": []}, "at least one"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2"),
         ({"loss_type": ["sft"]}, "sft alone"),
@@ -186,3 +187,17 @@ def test_a_reference_is_wanted_only_where_a_loss_has_one() -> None:
     assert not PairLoss.of({"loss_type": ["sft", "orpo"]}, 0.5).needs_reference
     assert PairLoss.of({"loss_type": ["sigmoid", "sft"]}, 0.5).needs_reference
     assert all(not PairLoss([name]).needs_reference for name in REFERENCE_FREE)
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"loss_type": "apo_zero"}, "apo_zero is not one of kto, apo_zero_unpaired; did you mean apo_zero_unpaired"),
+        ({"beta": 0.0}, "beta must be above 0, not 0"),
+        ({"undesirable_weight": -1.0}, "undesirable_weight must be above 0, not -1"),
+    ],
+)
+def test_kto_settings_are_checked(train: dict[str, Any], says: str) -> None:
+    KTO.model_validate({"data": [{"path": "p"}], "train": {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.3}})
+    with pytest.raises(ValueError, match=says):
+        KTO.model_validate({"data": [{"path": "p"}], "train": train})

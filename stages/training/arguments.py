@@ -51,6 +51,7 @@ MANAGED = {
     "padding_free": "use `packing: true`",
     "truncation_mode": "use `truncation` beside `train`",
     "sync_ref_model": "the reference is the model the stage was given",
+    "reference_free": "use `loss_type: simpo`, orpo or cpo, which have no reference",
     "precompute_ref_log_probs": "the reference is always run once, before training",
     "precompute_ref_batch_size": "the reference is run in micro-batches of per_device_train_batch_size",
     "train_sampling_strategy": "the order of the data is the feed's; KTO's answers to other prompts are chosen before",

@@ -36,6 +36,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from stages.errors import nearest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,6 +46,7 @@ LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sigmoid_norm", *REFERENCE_FREE,
 )  # fmt: skip
+KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 # Those that are functions of a divergence's own scores, rather than of log ratios (Wang et al. 2023, f-DPO).
 OF_SCORES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm", "sft")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -86,7 +89,7 @@ class PairLoss:
         """What is wrong with it, or None."""
         types = set(self.loss_type)
         if unknown := [t for t in self.loss_type if t not in LOSS_TYPES]:
-            return f"loss_type: {', '.join(unknown)} is not one of {', '.join(LOSS_TYPES)}"
+            return f"loss_type: {unknown[0]} is not one of {', '.join(LOSS_TYPES)}{nearest(unknown[0], LOSS_TYPES)}"
         if not self.loss_type:
             return "loss_type: at least one loss is wanted"
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
