@@ -154,12 +154,14 @@ def test_actors_and_this_process_say_the_same_and_a_second_run_asks_nobody(
     assert "reference" not in free.details and len(list(tmp_path.glob("prepared/[!.]*-reference-*"))) == 1
 
 
-def test_an_adapter_has_its_base_for_a_reference(tmp_path: Path, model: str, data: Path) -> None:
-    lora = {"tuning": {"method": "lora", "r": 4}}
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_has_its_base_for_a_reference(tmp_path: Path, model: str, data: Path, method: str) -> None:
+    """As it is trained beside: in 4 bits where that is so."""
     for kind, start in (("dpo", math.log(2)), ("kto", 0.5)):
-        result, losses = run(tmp_path / kind, model, kind, data / "pairs.jsonl", train=train(8), **lora)
+        tuning = {"tuning": {"method": method, "r": 4}}
+        result, losses = run(tmp_path / kind, model, kind, data / "pairs.jsonl", train=train(8), **tuning)
         assert losses[0] == pytest.approx(start, abs=1e-6) and losses[-1] < start
-        assert result.metrics["samples/kl"] > 0
+        assert abs(result.metrics["samples/kl"]) > 1e-3  # an estimate of a few samples may be below 0
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "apo_zero", ["sigmoid", "sft"], "orpo", "simpo", "sigmoid_norm"])
