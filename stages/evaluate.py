@@ -34,6 +34,7 @@ from stages.data.tokenizer import load_tokenizer
 from stages.errors import StageError
 from stages.training.launch import launch, quiet_ray, worker_rank
 from stages.training.pair_statistics import pair_statistics
+from stages.training.preference import REFERENCE_FREE
 from stages.training.vocabulary import grow_vocabulary
 
 PREFERENCE_TUNED = ("dpo", "kto")
@@ -253,7 +254,7 @@ class _Part:
 
     def subtract(self, reference: Any) -> None:
         """Log-probabilities become log ratios to the reference's."""
-        if rows := self._mine_of_pairs():
+        if (rows := self._mine_of_pairs()) and has_implicit_reward(self.job.artifact):
             for side in SIDES:
                 self.values[side] = self.values[side] - self._logprobs(reference, rows, f"{side}_ids")
         if "kl" in self.values:
@@ -292,7 +293,7 @@ def metrics_from(sums: Mapping[str, float], values: Mapping[str, np.ndarray], ar
     if len(values.get("chosen", ())):
         reward = artifact.kind == "reward model"
         told = pair_statistics(*(values[name] for name in (*SIDES, *(f"{side}_tokens" for side in SIDES))))
-        by = "reward" if reward else "implicit reward" if reference_of(artifact) else "likelihood"
+        by = "reward" if reward else "implicit reward" if has_implicit_reward(artifact) else "likelihood"
         out |= {"preference_accuracy": told["accuracy"], "margin": told["margin"]}
         if reward:
             out |= {name: told[name] for name in ("calibration_error", "length_accuracy", "length_correlation")}
@@ -309,6 +310,13 @@ def reference_of(artifact: Artifact) -> str | None:
     if artifact.manifest.get("kind") not in PREFERENCE_TUNED:
         return None
     return str(artifact.manifest["inputs"]["model"][0]["model"])
+
+
+def has_implicit_reward(artifact: Artifact) -> bool:
+    """Whether its training compared it with a reference: not by losses like SimPO's, which go by likelihood alone."""
+    given = ((artifact.manifest.get("config") or {}).get("train") or {}).get("loss_type") or ["sigmoid"]
+    types = [given] if isinstance(given, str) else given
+    return reference_of(artifact) is not None and not set(types) <= set(REFERENCE_FREE)
 
 
 def drift_warnings(metrics: Mapping[str, Mapping[str, Any]], models: Sequence[Artifact]) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stages.base import Artifact
 from stages.errors import StageError
-from stages.evaluate import Gate, check_gate, drift_warnings, metrics_from, reference_of
+from stages.evaluate import Gate, check_gate, drift_warnings, has_implicit_reward, metrics_from, reference_of
 from stages.scoring import answer_logprobs, rewards, sample_answers, sample_greedily
 
 SFT = Artifact("sft", "model", "/runs/sft/model", {"kind": "sft"})
@@ -32,6 +32,15 @@ def pairs(n: int = 50) -> dict[str, np.ndarray]:
 def test_the_reference_is_the_model_that_was_given() -> None:
     assert [reference_of(a) for a in (SFT, DPO, KTO, REWARD)] == [None, SFT.model, DPO.model, None]
     assert reference_of(Artifact("/some/folder", "model", "/some/folder")) is None
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "by_ratio"), [(None, True), (["sigmoid", "sft"], True), ("simpo", False), (["sft", "orpo"], False)]
+)
+def test_a_policy_trained_without_a_reference_is_judged_without(loss_type: Any, by_ratio: bool) -> None:
+    tuned = Artifact("dpo", "model", DPO.model, DPO.manifest | {"config": {"train": {"loss_type": loss_type}}})
+    assert has_implicit_reward(tuned) == by_ratio
+    assert metrics_from({}, pairs(), tuned)["preference_by"] == ("implicit reward" if by_ratio else "likelihood")
 
 
 def test_metrics_of_pairs() -> None:
