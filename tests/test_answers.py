@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from stages.training import documents
-from stages.training.answers import Layout, answer_collator, score_answers
+from stages.training.answers import Layout, answer_collator, model_inputs, score_answers
+from stages.training.fed import Fed
 from stages.training.head import TrainedHead
 from stages.training.losses import token_logps
 from stages.training.preference import LOSS_TYPES, PairLoss, kto_loss, pair_loss
@@ -235,3 +238,21 @@ def test_answers_to_others_are_of_other_prompts() -> None:
     far = [row(2, 22), row(3, 30)]
     assert answers_to_others(rows, lambda: far, None) == [[20] * 5, [20] * 5, [30] * 5, [30] * 5]
     assert answers_to_others(rows, lambda: far, 6)[0] == [20] * 3  # cut: prompt and answer are not longer than 6
+
+
+def test_numbers_of_a_batch_are_not_rounded_to_what_deepspeed_computes_in() -> None:
+    class Given(Fed, transformers.Trainer):
+        pass
+
+    trainer = object.__new__(Given)
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), True
+    batch = {"input_ids": torch.tensor([1, 2]), "extra": {"ref_logps": torch.tensor([-523.4])}, "rows": 1}
+    prepared = trainer._prepare_input(batch)
+    assert prepared["extra"]["ref_logps"].dtype == torch.float32
+    assert prepared.keys() == batch.keys() and prepared["input_ids"].dtype == torch.int64
+
+
+def test_the_model_is_given_nothing_but_its_inputs() -> None:
+    row = {"prompt_ids": [1, 2], "completion_ids": [3], "kl_completion_ids": [4]}
+    answers, others = (answer_collator(0, (side,), layout="padded") for side in ("completion_ids", "kl_completion_ids"))
+    assert set(model_inputs(answers([row]) | {"kl": others([row])})) == {"input_ids"}

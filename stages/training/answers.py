@@ -26,8 +26,8 @@ Batch = dict[str, Any]
 # a prompt of its own, for flash attention. padded: a line for each answer.
 Layout = Literal["shared", "flat", "padded"]
 PAIR = ("chosen_ids", "rejected_ids")
-# What a batch of answers has besides the model's inputs.
-OF_ANSWERS = ("answer_at", "answer_of", "answer_ids", "answer_weights", "ends", "real", "extra")
+# What a batch of answers has besides the model's inputs; `kl` is the batch of answers to other prompts, for KTO.
+OF_ANSWERS = ("answer_at", "answer_of", "answer_ids", "answer_weights", "ends", "real", "extra", "kl")
 
 
 def answer_collator(

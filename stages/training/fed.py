@@ -86,6 +86,13 @@ class Fed(Checkpoints):
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Numbers stay as exact as they are: transformers rounds them to the precision DeepSpeed computes in, so a reference's
+        log-probability of -500 in bfloat16 would be wrong by up to 1."""
+        import torch
+
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)  # type: ignore[misc]
+
     # -- the step
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
