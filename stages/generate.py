@@ -36,7 +36,8 @@ from stages.training.architecture import positions
 from stages.training.launch import quiet_ray
 
 CHUNK = 64  # prompts that are sampled together, and are made again where it was interrupted
-LITTLE = 4  # chunks that are not worth starting processes for
+LITTLE = 1e12  # parameters x tokens: some ten seconds of a core, about what it takes to start another process
+FEW = 4  # chunks that are not worth it whatever a function of the user's does with them
 
 Engine = Literal["transformers", "vllm"]
 
@@ -135,9 +136,9 @@ class Generate(Stage):
         ctx.report.phase("sample", prompts=sum(chunk.count for chunk in chunks), samples=self.samples, engine=engine)
         with FileLock(samples.with_name(f".lock-{samples.name}")):  # a stage beside this one may want the same
             samples.mkdir(exist_ok=True)
-            speed = self._sample(chunks, samples, ctx, engine)
+            speed = self._sample(chunks, samples, ctx, engine, data.tokens / data.rows + self.max_new_tokens)
         ctx.report.phase("score", rewards=len(terms))
-        self._score(chunks, terms, samples, rewards, ctx)
+        self._score(chunks, terms, samples, rewards, ctx, data.tokens / data.rows + self.max_new_tokens)
         ctx.report.phase("write")
         made = Dataset(ctx.data_dir, terms, self.make, self.margin, self.threshold)
         for chunk in chunks:
@@ -181,7 +182,10 @@ class Generate(Stage):
         }
         return ctx.prepared / f"samples-{digest(json.dumps(key, sort_keys=True))}"
 
-    def _sample(self, chunks: Sequence[Chunk], folder: Path, ctx: StageContext, engine: Engine) -> dict[str, Any]:
+    def _sample(
+        self, chunks: Sequence[Chunk], folder: Path, ctx: StageContext, engine: Engine, length: float
+    ) -> dict[str, Any]:
+        """`length`: tokens of a prompt with its answer, about."""
         left = left_of(folder, chunks)
         started = time.time()
         options = self._options(ctx) | {"batch_size": self.batch_size}
@@ -197,7 +201,7 @@ class Generate(Stage):
                     how | {"options": options},
                     left,
                     ctx=ctx,
-                    little=len(left) <= LITTLE,
+                    little=is_little([ctx.input().model], left, self.samples * length),
                     progress=_progress(ctx, len(chunks) - len(left)),
                 )
             )
@@ -205,18 +209,32 @@ class Generate(Stage):
         return {"sampling_seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds) if left else None}
 
     def _score(
-        self, chunks: Sequence[Chunk], terms: list[Scorer], samples: Path, folder: Path, ctx: StageContext
+        self,
+        chunks: Sequence[Chunk],
+        terms: list[Scorer],
+        samples: Path,
+        folder: Path,
+        ctx: StageContext,
+        length: float,
     ) -> None:
         left = left_of(folder, chunks)
+        models = [term.model for term in terms if term.model is not None]
+        little = not models or is_little(models, left, self.samples * length)
         how = {"terms": terms, "samples": samples, "folder": folder, "code": ctx.code}
         run_pool(
             Judge,
             how | {"batch_size": self.batch_size},
             left,
             ctx=ctx,
-            little=len(left) <= LITTLE,
+            little=little and (len(left) <= FEW or not self.functions()),
             progress=_progress(ctx, len(chunks) - len(left)),
         )
+
+
+def is_little(models: Sequence[str], chunks: Sequence[Chunk], tokens: float) -> bool:
+    """Whether so little is to be done that it is done here; `tokens` are those of a prompt with its answers."""
+    weights = sum(file.stat().st_size for model in models for file in Path(model).glob("*.safetensors")) / 4
+    return len(chunks) == 1 or 0 < weights * tokens * sum(chunk.count for chunk in chunks) < LITTLE
 
 
 def choose_engine(asked: str, *, gpu: bool) -> Engine:
