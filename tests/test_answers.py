@@ -236,7 +236,7 @@ def test_answers_to_others_are_of_other_prompts() -> None:
     row = lambda prompt, answer: {"prompt_ids": [prompt] * 3, "completion_ids": [answer] * 5}  # noqa: E731
     rows = [row(1, 10), row(1, 11), row(2, 20), row(2, 21)]
     far = [row(2, 22), row(3, 30)]
-    assert answers_to_others(rows, lambda: far, None) == [[20] * 5, [20] * 5, [30] * 5, [30] * 5]
+    assert answers_to_others(rows, lambda: far, None) == [[20] * 5, [21] * 5, [30] * 5, [10] * 5]
     assert answers_to_others(rows, lambda: far, 6)[0] == [20] * 3  # cut: prompt and answer are not longer than 6
 
 

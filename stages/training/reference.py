@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ REFERENCE: dict[tuple[str, ...], tuple[str, ...]] = {
     LABELLED: ("ref_logps",),
 }
 KL = ("kl_completion_ids", "ref_kl_logps")  # an answer to another prompt, and what the reference says of it
-VERSION = 1  # raised when the same data and model would give another result
+VERSION = 2  # raised when the same data and model would give another result
 LITTLE = 1e12  # parameters x tokens: some ten seconds of a core, about what it takes to start another process
 BLOCK = 1 << 20  # bytes hashed at a time
 
@@ -51,7 +51,7 @@ class References:
     """What a stage wants of its reference: log-probabilities of the answers in `sides`.
 
     `ld_alpha` weighs tokens beyond the shorter answer (stages/training/answers.py). `kl`: each row gets an answer to another
-    prompt besides, for an estimate of the KL to the reference: the next row's that has another prompt, cut so that it fits.
+    prompt besides, for an estimate of the KL to the reference: one of the next prompt's, cut so that it fits.
     """
 
     sides: tuple[str, ...]
@@ -252,7 +252,10 @@ def _read(group: Group) -> pa.Table:
 def answers_to_others(
     rows: list[dict[str, Any]], beyond: Callable[[], list[dict[str, Any]]], max_length: int | None
 ) -> list[list[int]]:
-    """For each row the answer of the next one that has another prompt, cut so that prompt and answer are not too long.
+    """For each row one of the answers to other prompts that follow, cut so that prompt and answer are not too long.
+
+    Of a prompt's own answers the first takes the first of them, the second the second: in pairs the chosen one stands before
+    the rejected one, and the KL is to be seen on both kinds.
 
     Args:
         beyond: the rows that follow these; asked for only where none of these is left.
@@ -262,20 +265,23 @@ def answers_to_others(
     """
     out: list[list[int]] = []
     far: list[dict[str, Any]] | None = None
-    found = 0
+    begun = found = 0  # where the row's prompt and the next one begin
     for i, row in enumerate(rows):
         prompt = row["prompt_ids"]
+        if prompt != rows[begun]["prompt_ids"]:
+            begun = i
         found = max(found, i + 1)
         while found < len(rows) and rows[found]["prompt_ids"] == prompt:
             found += 1
-        other = rows[found] if found < len(rows) else None
-        if other is None or other["prompt_ids"] == prompt:
+        following: Iterable[dict[str, Any]] = itertools.islice(rows, found, None)
+        if found == len(rows):
             far = beyond() if far is None else far
-            around = itertools.chain(far, rows)  # the last of all: from the start again
-            other = next((r for r in around if r["prompt_ids"] != prompt), None)
-        if other is None:
+            following = itertools.chain(far, rows)  # the last of all: from the start again
+        others = (r for r in following if r["prompt_ids"] != prompt)
+        nearest = list(itertools.islice(others, i - begun + 1))
+        if not nearest:
             raise DataError("kto: a thousand rows and more in a row have the same prompt; shuffle the data's files")
-        answer = other["completion_ids"]
+        answer = nearest[-1]["completion_ids"]
         out.append(answer if max_length is None else answer[: max(1, max_length - len(prompt))])
     return out
 
