@@ -16,9 +16,10 @@ from stages.training import documents
 from stages.training.answers import Layout, answer_collator, model_inputs, score_answers
 from stages.training.fed import Fed
 from stages.training.head import TrainedHead
+from stages.training.job import TrainJob
 from stages.training.losses import token_logps
 from stages.training.preference import LOSS_TYPES, PairLoss, kto_loss, pair_loss
-from stages.training.reference import answers_to_others
+from stages.training.reference import References, ReferenceWorker, answers_to_others, weights_hash
 
 SIDES = ("chosen_ids", "rejected_ids")
 
@@ -256,3 +257,30 @@ def test_the_model_is_given_nothing_but_its_inputs() -> None:
     row = {"prompt_ids": [1, 2], "completion_ids": [3], "kl_completion_ids": [4]}
     answers, others = (answer_collator(0, (side,), layout="padded") for side in ("completion_ids", "kl_completion_ids"))
     assert set(model_inputs(answers([row]) | {"kl": others([row])})) == {"input_ids"}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "weights", "autocast"), [(None, "float32", "bfloat16"), ({}, "bfloat16", "None")]
+)
+def test_the_reference_computes_as_its_policy_will(
+    tmp_path: Path, model: str, deepspeed: dict[str, Any] | None, weights: str, autocast: str
+) -> None:
+    job = TrainJob("preference", model, tmp_path, [], {"bf16": True}, deepspeed=deepspeed)
+    worker = ReferenceWorker(job, References(SIDES), 64, gpu=False)
+    assert {str(parameter.dtype) for parameter in worker.model.parameters()} == {f"torch.{weights}"}
+    assert str(worker.autocast).removeprefix("torch.") == autocast
+    exact = ReferenceWorker(TrainJob("preference", model, tmp_path, [], {}), References(SIDES), 64, gpu=False)
+    near, far = (torch.tensor(each._logps(pairs(4), each.collate, 2)) for each in (worker, exact))
+    assert not torch.equal(near, far) and torch.allclose(near, far, rtol=0.05)
+
+
+def test_models_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+    def made(name: str, files: dict[str, str]) -> str:
+        (tmp_path / name).mkdir()
+        for file, content in ({"config.json": "{}"} | files).items():
+            (tmp_path / name / file).write_text(content)
+        return weights_hash(tmp_path / name)
+
+    assert made("a", {"model.safetensors": "1"}) == made("b", {"model.safetensors": "1", "README.md": "x"})
+    assert made("c", {"model.safetensors": "2"}) != made("d", {"model.safetensors": "1"})
+    assert made("e", {}) != made("f", {})  # their weights are elsewhere

@@ -83,6 +83,8 @@ def with_reference(
     """
     gpu = ctx.resources.gpus_per_worker > 0
     computed = {name: job.arguments.get(name) for name in ("bf16", "fp16")} | {"gpu": gpu}
+    if any(computed.values()):  # in half precision it matters what the weights are held in
+        computed |= {"frozen": job.lora is not None, "deepspeed": job.deepspeed is not None}
     key = {
         "version": VERSION, "model": weights_hash(folder_of(job.model)), "quantization": job.quantization,
         "sides": wanted.sides, "ld_alpha": wanted.ld_alpha, "kl": wanted.kl, **computed,
@@ -151,14 +153,18 @@ def folder_of(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=["config.json", "*.safetensors"]))
+    return Path(snapshot_download(model, allow_patterns=["config.json", "model*.safetensors*"]))
 
 
 def weights_hash(folder: Path) -> str:
-    """What identifies a model: the content of its weights and config."""
+    """What identifies a model: the content of its weights and config; where the weights are in files of other kinds, which the
+    hub was not asked for, the commit that its snapshot is named by."""
     known = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.iterdir()):
-        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
+    if not files:
+        known.update(str(folder).encode())
+    for file in [folder / "config.json", *files]:
+        if file.is_file():
             known.update(file.name.encode())
             with file.open("rb") as content:
                 while block := content.read(BLOCK):
@@ -203,11 +209,27 @@ class ReferenceWorker:
         self.model = model.eval() if job.quantization is not None else model.eval().to("cuda" if gpu else "cpu")
         self.head, self.wanted, self.max_length = TrainedHead(model), wanted, max_length
         self.rows = job.arguments.get("per_device_train_batch_size", 8)
-        self.half = parts.kernels.precision.get("bf16", False)
+        self.autocast = self._precision(parts)
         layout = parts.layout(model)
         pad = tokenizer.pad_token_id
         self.collate = answer_collator(pad, wanted.sides, layout=layout, ld_alpha=wanted.ld_alpha)
         self.collate_kl = answer_collator(pad, KL[:1], layout=layout)
+
+    def _precision(self, parts: TrainerParts) -> Any:
+        """The dtype of autocast, None without; the weights are what the trainer's will be.
+
+        DeepSpeed has no autocast: it casts parameters, not buffers (DeepSpeedEngine._configure_distributed_model, 0.19).
+        """
+        import torch
+
+        on = parts.kernels.precision
+        half = torch.bfloat16 if on["bf16"] else torch.float16 if on["fp16"] else None
+        if half is None or parts.job.deepspeed is None:
+            return half
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(half)
+        return None
 
     def __call__(self, task: Task) -> int:
         """Write the row group with its new columns; the number of its rows."""
@@ -234,7 +256,7 @@ class ReferenceWorker:
         order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
         out = torch.empty(sides, len(rows))
         device = self.model.device
-        autocast = torch.autocast(device.type, torch.bfloat16) if self.half else nullcontext()
+        autocast = torch.autocast(device.type, self.autocast) if self.autocast is not None else nullcontext()
         with torch.no_grad(), autocast:
             for at in range(0, len(rows), self.rows):
                 chosen = order[at : at + self.rows]
