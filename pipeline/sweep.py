@@ -318,11 +318,14 @@ def _names(stage: str, paths: list[str], combinations: list[list[Any]]) -> list[
     for values in combinations:
         parts = [f"{_fit(said[path])}-{_fit(text(v))[:LONGEST_VALUE]}" for path, v in zip(paths, values, strict=True)]
         names.append("-".join([stage, *parts])[:LONGEST_NAME])
-    count, seen = Counter(names), Counter[str]()
+    count = Counter(names)
+    taken = set(names)
     out = []
     for name in names:
-        seen[name] += 1
-        out.append(f"{name}-{seen[name]}" if count[name] > 1 else name)
+        if count[name] > 1:
+            name = next(n for i in itertools.count(1) if (n := f"{name}-{i}") not in taken)
+            taken.add(name)
+        out.append(name)
     return out
 
 

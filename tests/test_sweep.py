@@ -116,6 +116,7 @@ def test_several_paths_are_their_product(spec: Path) -> None:
         ("{x: [-1, 1, true, null, 'A b/C d', [p, 2]]}",
          ["dpo-x--1", "dpo-x-1", "dpo-x-true", "dpo-x-none", "dpo-x-c-d", "dpo-x-p-2"]),
         ("{x: [A, a, 1, '1', b]}", ["dpo-x-a-1", "dpo-x-a-2", "dpo-x-1-1", "dpo-x-1-2", "dpo-x-b"]),
+        ("{x: [A, a, a-1]}", ["dpo-x-a-2", "dpo-x-a-3", "dpo-x-a-1"]),
         ("{x: [%s]}" % ("y" * 300), ["dpo-x-" + "y" * 40]),
     ],
 )  # fmt: skip
