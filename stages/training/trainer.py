@@ -63,14 +63,14 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     # Of a finished checkpoint the feed gives nothing more to train.
     trainer.train(resume_from_checkpoint=str(job.resume.path) if job.resume else None)
     seconds = time.time() - started
+    # Schedule-free optimizers are done with an average of weights.
+    if averaged := getattr(trainer.optimizer, "eval", None):
+        averaged()
     finished, warnings = trainer.finish()
     if rank == 0:
         if finished:
             Reporter(job.work).final(trainer.state.global_step, finished)
         Reporter(job.work).phase("export")
-    # Schedule-free optimizers are done with an average of weights.
-    if averaged := getattr(trainer.optimizer, "eval", None):
-        averaged()
     exported = save_model(trainer, job, rank)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
