@@ -7,6 +7,7 @@ manifest, for those that train against it.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -100,8 +101,7 @@ def build_trainer(parts: TrainerParts) -> Any:
             """The model on held-out pairs, or where none are held out on the first it was trained on (see `reward_facts`)."""
             job, args = self.job, self.args
             rows = first_rows(job.held_out or job.groups, JUDGED)
-            others = [*rows[1:], *rows[:1]]
-            rows = [row | {"other_ids": other["chosen_ids"]} for row, other in zip(rows, others, strict=True)]
+            rows = [row | {"other_ids": other} for row, other in zip(rows, other_answers(rows), strict=True)]
             mine = rows[args.process_index :: args.world_size]
             size = args.per_device_train_batch_size
             batches = -(-len(rows) // (size * args.world_size))  # as many on every worker, as ZeRO-3 wants it
@@ -149,6 +149,16 @@ def first_rows(groups: list[Group], count: int) -> list[dict[str, Any]]:
     return rows[:count]
 
 
+def other_answers(rows: list[dict[str, Any]]) -> list[list[int]]:
+    """For each row the chosen answer of the next one, in a circle, that has another prompt; its own where none has."""
+    out = []
+    for i, row in enumerate(rows):
+        following = itertools.chain(itertools.islice(rows, i + 1, None), rows)
+        other = next((r for r in following if r["prompt_ids"] != row["prompt_ids"]), row)
+        out.append(other["chosen_ids"])
+    return out
+
+
 def reward_facts(rewards: list[list[float]], rows: list[dict[str, Any]], *, held_out: bool) -> dict[str, float]:
     """What `pair_statistics` tells, and
 
@@ -162,7 +172,7 @@ def reward_facts(rewards: list[list[float]], rows: list[dict[str, Any]], *, held
     chosen, rejected, other = np.array(rewards).T
     lengths = [np.array([len(row[side]) for row in rows]) for side in PAIR]
     facts = pair_statistics(chosen, rejected, *lengths)
-    if len(rows) > 1:
+    if any(row["prompt_ids"] != rows[0]["prompt_ids"] for row in rows):
         facts["other_prompt_accuracy"] = float((chosen > other).mean())
     return facts | {"judged_pairs": len(rows), "judged_held_out": int(held_out)}
 
