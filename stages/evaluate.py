@@ -211,7 +211,8 @@ class _Part:
         self.conversations, self.pairs = (
             job.prepared[task].read() if task in job.prepared else [] for task in ("evaluation", "preference")
         )
-        self.prompts = [row for row in self.conversations or self.pairs if row["prompt_ids"]]
+        asked = [row for row in self.conversations if row["prompt_ids"]]  # of plain text there are none
+        self.prompts = asked or self.pairs
         self.rank, self.workers = rank, workers
         self.sums: dict[str, float] = {}
         self.values: dict[str, np.ndarray] = {}
