@@ -1,4 +1,4 @@
-"""Prepared rows of conversations to padded tensors, packed or not. (Pairs are collated by TRL.)"""
+"""Prepared rows of conversations to padded tensors, packed or not. (Answers to prompts: answers.py.)"""
 
 from __future__ import annotations
 

@@ -192,6 +192,7 @@ class ReferenceWorker:
     """The reference, loaded as the trainer loads its policy, and what it says of a row group. A worker of stages/pool.py."""
 
     def __init__(self, job: TrainJob, wanted: References, max_length: int | None, gpu: bool) -> None:
+        import torch
         import transformers
         from transformers import AutoModelForCausalLM
 
@@ -203,33 +204,21 @@ class ReferenceWorker:
         tokenizer = load_tokenizer(job.model, job.chat_template)
         parts = TrainerParts(job, tokenizer, None, None, not gpu)
         options = parts.kernels.load_options() | parts.quantization()
+        on = parts.kernels.precision
+        half = torch.bfloat16 if on["bf16"] else torch.float16 if on["fp16"] else None
+        if half is not None and job.deepspeed is not None:  # has no autocast: all parameters are cast
+            options, half = options | {"dtype": half}, None
+        self.autocast = half
         model = AutoModelForCausalLM.from_pretrained(job.model, **options)
         if job.quantization is not None:
             settle_quantized(model)
         self.model = model.eval() if job.quantization is not None else model.eval().to("cuda" if gpu else "cpu")
         self.head, self.wanted, self.max_length = TrainedHead(model), wanted, max_length
         self.rows = job.arguments.get("per_device_train_batch_size", 8)
-        self.autocast = self._precision(parts)
         layout = parts.layout(model)
         pad = tokenizer.pad_token_id
         self.collate = answer_collator(pad, wanted.sides, layout=layout, ld_alpha=wanted.ld_alpha)
         self.collate_kl = answer_collator(pad, KL[:1], layout=layout)
-
-    def _precision(self, parts: TrainerParts) -> Any:
-        """The dtype of autocast, None without; the weights are what the trainer's will be.
-
-        DeepSpeed has no autocast: it casts parameters, not buffers (DeepSpeedEngine._configure_distributed_model, 0.19).
-        """
-        import torch
-
-        on = parts.kernels.precision
-        half = torch.bfloat16 if on["bf16"] else torch.float16 if on["fp16"] else None
-        if half is None or parts.job.deepspeed is None:
-            return half
-        for parameter in self.model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(half)
-        return None
 
     def __call__(self, task: Task) -> int:
         """Write the row group with its new columns; the number of its rows."""
