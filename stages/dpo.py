@@ -66,7 +66,10 @@ def build_trainer(parts: TrainerParts) -> Any:
         pair_loss: PairLoss
 
         def score(self, model: Any, inputs: dict[str, Any]) -> Scored:
-            own = score_answers(self.head, model, inputs, sides=2, router_logits=self.aux_loss_enabled)
+            own = score_answers(
+                self.head, model, inputs, sides=2, router_logits=self.aux_loss_enabled,
+                agreement=self.pair_loss.use_weighting,
+            )  # fmt: skip
             reference = None
             if self.pair_loss.needs_reference:
                 reference = torch.stack([inputs["extra"][name] for name in REFERENCE[PAIR]])

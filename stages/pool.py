@@ -21,6 +21,7 @@ class Worker(Protocol):
 
 
 Progress = Callable[[int, int], None]
+RESTARTS = 2  # of a process that is lost
 
 
 def run_pool(
@@ -136,11 +137,19 @@ def _by_actors(
         # On this machine the runner shares out the cores; actors that held them would keep the tasks of others waiting.
         num_cpus=0 if ctx.local else ctx.resources.cpus_per_worker,
         num_gpus=gpus or None,
+        max_restarts=RESTARTS,  # for ever by default: a model that does not fit would never be told of
+        max_task_retries=RESTARTS,
     )
     results: dict[int, Any] = {}
-    for row in done.iter_rows():
-        if row["error"]:
-            raise StageError(row["error"])
-        results[row["index"]] = pickle.loads(row["result"])
-        progress(len(results), len(tasks))
+    try:
+        for row in done.iter_rows():
+            if row["error"]:
+                raise StageError(row["error"])
+            results[row["index"]] = pickle.loads(row["result"])
+            progress(len(results), len(tasks))
+    except ray.exceptions.RayError as error:
+        raise StageError(
+            f"a process that runs the model was lost {RESTARTS + 1} times: out of memory? Try fewer rows at a time "
+            f"(per_device_train_batch_size, or batch_size), or more memory\n  Ray says: {str(error).splitlines()[0]}"
+        ) from error
     return [results[i] for i in range(len(tasks))]

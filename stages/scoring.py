@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from stages.data.chat import IGNORE
 from stages.sampling import ended, sample, stop_ids_of
+from stages.training.head import TrainedHead
+from stages.training.losses import token_logps
 
 Row = dict[str, Any]
 
@@ -55,23 +57,34 @@ def trained_token_loss(model: Any, rows: Sequence[Row], pad_id: int, batch_size:
         batch = [rows[i] for i in chosen]
         ids, mask = _pad([row["input_ids"] for row in batch], pad_id, model.device)
         labels, _ = _pad([row["labels"] for row in batch], IGNORE, model.device)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        nll += F.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
-        ).item()
-        tokens += int((labels[:, 1:] != IGNORE).sum())
+        trained = labels[:, 1:] != IGNORE
+        nll -= float(_logps(model, ids, mask, F.pad(trained, (0, 1)), labels[:, 1:][trained]).sum())
+        tokens += int(trained.sum())
     return {"nll": nll, "tokens": tokens}
+
+
+def _logps(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, before: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """log p of the `targets`, float64, (n,): the tokens that follow those where `before` (rows, tokens) is true.
+
+    Only these meet the head, and few of them at a time are in float32 (stages/training/head.py, losses.py).
+    """
+    head: TrainedHead | None = getattr(model, "_raylign_head", None)
+    if head is None:
+        head = model._raylign_head = TrainedHead(model)
+    logits, _ = head.logits(model, {"input_ids": ids, "attention_mask": mask}, before.flatten().nonzero().squeeze(1))
+    return token_logps(logits, targets)[0].double()
 
 
 def answer_logprobs(model: Any, rows: Sequence[Row], side: str, pad_id: int, batch_size: int) -> np.ndarray:
     """Sum of log p(token | before) over each row's answer `side`, in nats: float64, (rows,)."""
 
     def score(ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Row]) -> torch.Tensor:
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        logps = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
         starts = torch.tensor([len(row["prompt_ids"]) - 1 for row in batch], device=ids.device)
-        answer = (torch.arange(logps.shape[1], device=ids.device) >= starts[:, None]) & (mask[:, 1:] == 1)
-        return (logps.double() * answer).sum(1)
+        answer = (torch.arange(ids.shape[1] - 1, device=ids.device) >= starts[:, None]) & (mask[:, 1:] == 1)
+        logps = _logps(model, ids, mask, F.pad(answer, (0, 1)), ids[:, 1:][answer])
+        return logps.new_zeros(len(ids)).index_add(0, answer.nonzero()[:, 0], logps)
 
     return _of_answers(score, model, rows, side, pad_id, batch_size)
 

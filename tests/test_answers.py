@@ -111,7 +111,7 @@ def test_token_log_probabilities_have_the_gradient_of_log_softmax(monkeypatch: p
     expected = torch.log_softmax(plain, -1).gather(1, targets[:, None]).squeeze(1)
     expected.backward(upstream)
     own = logits.clone().requires_grad_()
-    logps, squares = token_logps(own * 1.0, targets)
+    logps, squares = token_logps(own * 1.0, targets, squares=True)
     logps.backward(upstream)
     assert torch.allclose(logps, expected, atol=1e-6) and torch.allclose(own.grad, plain.grad, atol=1e-6)
     assert torch.allclose(squares, torch.softmax(logits, -1).square().sum(-1).log(), atol=1e-6)
@@ -182,7 +182,7 @@ def test_dpo_losses_are_trls(model: str, tokenizer: Any, tmp_path: Path, loss_ty
         before = score_answers(TrainedHead(reference), reference, batch, sides=2).logps
     given = {k: v for k, v in more.items() if k != "ld_alpha"}
     loss = PairLoss.of({"loss_type": loss_type, "beta": 0.3, "label_smoothing": smooth, **given}, 0.5)
-    answers = score_answers(TrainedHead(own), own, batch, sides=2)
+    answers = score_answers(TrainedHead(own), own, batch, sides=2, agreement=loss.use_weighting)
     each, tokens = pair_loss(loss, answers.logps, before, answers.lengths, answers.means, answers.agreement)
     ours = each.sum() / batch["loss_share"][0] + tokens.sum() / batch["loss_share"][1]
     ours.backward()

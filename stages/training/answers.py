@@ -135,7 +135,9 @@ class Answers:
 
     logps: Tensor  # (sides, rows): the sum of log p over the answer's tokens, weighted where weights are given
     means: Tensor  # (sides, rows): the plain mean over its tokens
-    agreement: Tensor  # (sides, rows): mean over its tokens of log p_t - log sum_v p_v^2, without a gradient (WPO)
+    agreement: (
+        Tensor | None
+    )  # (sides, rows): mean over its tokens of log p_t - log sum_v p_v^2, without a gradient (WPO)
     lengths: Tensor  # (sides, rows): tokens
     outputs: Any
 
@@ -149,10 +151,12 @@ def model_inputs(batch: Batch, router_logits: bool = False) -> Batch:
     return {k: v for k, v in given.items() if k != "attention_mask"}
 
 
-def score_answers(head: TrainedHead, model: Any, batch: Batch, *, sides: int, router_logits: bool = False) -> Answers:
-    """Run the model over a batch of `answer_collator`."""
+def score_answers(
+    head: TrainedHead, model: Any, batch: Batch, *, sides: int, router_logits: bool = False, agreement: bool = False
+) -> Answers:
+    """Run the model over a batch of `answer_collator`; `agreement` is given where it is wanted."""
     logits, outputs = head.logits(model, model_inputs(batch, router_logits), batch["answer_at"])
-    logps, squares = token_logps(logits, batch["answer_ids"])
+    logps, squares = token_logps(logits, batch["answer_ids"], squares=agreement)
     count = sides * len(batch["real"])
     of = batch["answer_of"]
 
@@ -165,7 +169,7 @@ def score_answers(head: TrainedHead, model: Any, batch: Batch, *, sides: int, ro
     return Answers(
         logps=plain if weights is None else summed(logps * weights),
         means=plain / lengths,
-        agreement=summed((logps - squares).detach()) / lengths,
+        agreement=summed((logps - squares).detach()) / lengths if agreement else None,
         lengths=lengths,
         outputs=outputs,
     )

@@ -50,19 +50,21 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = []
-    for part in parts(position_ids):
-        q, k, v = (x[:, :, part.start : part.end] for x in (query, key, value))
-        if part.before:
-            trunk = slice(part.document, part.document + part.before)
-            k, v = (torch.cat([x[:, :, trunk], own], 2) for x, own in ((key, k), (value, v)))
+    known = parts(position_ids)
+    # Pieces, since the gradient of a slice is as long as the row, and there is one for each part.
+    pieces = (x.split([part.end - part.start for part in known], 2) for x in (query, key, value))
+    out, trunk = [], (key, value)
+    for part, q, k, v in zip(known, *pieces, strict=True):
+        if not part.before:
+            trunk = k, v
+        else:
+            k, v = (torch.cat([first[:, :, : part.before], own], 2) for first, own in zip(trunk, (k, v), strict=True))
         seen = band(q.shape[2], k.shape[2], sliding_window)
-        out.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling
-            )
+        own = scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling
         )
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+        out.append(own.transpose(1, 2))
+    return torch.cat(out, 1), None
 
 
 class Part(NamedTuple):

@@ -145,6 +145,17 @@ class Fed(Checkpoints):
         self.guard.start = value["start"]
         self.guard.recent.extend(value["recent"])
 
+    @property
+    def _told(self) -> dict[str, list[float]]:
+        """Metrics that are not logged yet."""
+        return {name: value.tolist() for name, value in self._metric_sums.items()}
+
+    @_told.setter
+    def _told(self, values: dict[str, list[float]]) -> None:
+        import torch
+
+        self._metric_sums = {name: torch.tensor(value, device=self.args.device) for name, value in values.items()}
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # counted by the meter; transformers walks through all parameters for it in every micro-batch
 

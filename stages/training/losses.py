@@ -124,8 +124,8 @@ def _function() -> Any:
     return CrossEntropy
 
 
-def token_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p_t of each token, and log sum_v p_v^2 of its distribution (which WPO weighs by), without a gradient.
+def token_logps(logits: Tensor, targets: Tensor, squares: bool = False) -> tuple[Tensor, Tensor]:
+    """log p_t of each token, and where `squares` are wanted log sum_v p_v^2 of its distribution, without a gradient.
 
     As `cross_entropy`, the gradient is written over `logits`: nothing else of their size is held.
 
@@ -134,9 +134,9 @@ def token_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets: (tokens,) ids.
 
     Returns:
-        Two times (tokens,) float32.
+        (tokens,) float32, and the same again or, without `squares`, nothing: (0,).
     """
-    return _logps_function().apply(logits, targets)
+    return _logps_function().apply(logits, targets, squares)
 
 
 @cache
@@ -145,16 +145,17 @@ def _logps_function() -> Any:
 
     class TokenLogps(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(ctx: Any, logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
             size = max(1, BLOCK // max(logits.shape[-1], 1))
-            norms, logps, squares = [], [], []
+            norms, logps, certain = [], [], [logits.new_empty(0, dtype=torch.float32)]
             for block, target in zip(logits.split(size), targets.split(size), strict=True):
                 whole = block.float()
                 norm = whole.logsumexp(-1)
                 norms.append(norm)
                 logps.append(whole.gather(1, target[:, None]).squeeze(1) - norm)
-                squares.append((2 * whole).logsumexp(-1) - 2 * norm)
-            norm, logp, square = (torch.cat(parts) for parts in (norms, logps, squares))
+                if squares:
+                    certain.append((2 * whole).logsumexp(-1) - 2 * norm)
+            norm, logp, square = (torch.cat(parts) for parts in (norms, logps, certain))
             if ctx.needs_input_grad[0]:
                 ctx.logits, ctx.norm, ctx.targets, ctx.size = logits, norm, targets, size
             ctx.mark_non_differentiable(square)
@@ -171,6 +172,6 @@ def _logps_function() -> Any:
                 gradient = (block.float() - norm[:, None]).exp_().mul_(-g[:, None])
                 gradient.scatter_add_(1, target[:, None], g[:, None])
                 block.copy_(gradient)
-            return logits, None
+            return logits, None, None
 
     return TokenLogps

@@ -112,7 +112,7 @@ class PairLoss:
 
 
 def pair_loss(
-    loss: PairLoss, logps: Tensor, reference: Tensor | None, lengths: Tensor, means: Tensor, agreement: Tensor
+    loss: PairLoss, logps: Tensor, reference: Tensor | None, lengths: Tensor, means: Tensor, agreement: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(loss of each pair, -log p of its chosen answer where `sft` is among the losses), both (pairs,).
 
@@ -124,7 +124,8 @@ def pair_loss(
         reference: the same of the reference; None where no loss needs one.
         lengths: (2, pairs), tokens.
         means: (2, pairs), plain means over tokens.
-        agreement: (2, pairs), means over tokens of log p_t - log sum_v p_v^2 (`use_weighting`: Zhou et al. 2024, WPO, eq. 2).
+        agreement: (2, pairs), of `use_weighting` (Zhou et al. 2024, WPO, eq. 2): means over tokens of
+            log p_t - log sum_v p_v^2.
     """
     import torch
 
@@ -137,6 +138,7 @@ def pair_loss(
         else:
             each = each + weight * _one(name, loss, logps, ratios, lengths, means)
     if loss.use_weighting:
+        assert agreement is not None
         certain = agreement.detach().sum(0).exp()
         each, tokens = each * certain, tokens * certain
     return each, tokens

@@ -133,7 +133,7 @@ def _make(
         "gpu": ctx.resources.gpus_per_worker > 0,
     }
     weights = sum(file.stat().st_size for file in folder_of(job.model).glob("*.safetensors")) / 4
-    little = weights * data.tokens < LITTLE
+    little = 0 < weights * data.tokens < LITTLE  # 0: its weights are in files of another kind
     run_pool(ReferenceWorker, options, left, ctx=ctx, little=little, progress=progress)
     tokens = data.tokens
     seconds = round(time.time() - started, 3)

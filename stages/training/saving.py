@@ -25,7 +25,7 @@ from stages.training.universal import finish_loading
 from stages.training.writer import Writer, sees, snapshot
 
 # What the loop remembers from step to step: sums of what is not logged yet, and what the guard has seen.
-SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics", "_watched")
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics", "_watched", "_told")
 
 
 class Checkpoints:

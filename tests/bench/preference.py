@@ -51,6 +51,7 @@ Figures = dict[str, Any]
 
 def make(rows: Path, folder: Path, pairs: int, large: bool, train: dict[str, Any]) -> None:
     """The model, its tokenizer, the pairs that every way is given, and TRL's own arguments."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from stages.data.source import DataSource
@@ -65,6 +66,7 @@ def make(rows: Path, folder: Path, pairs: int, large: bool, train: dict[str, Any
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         **(LARGE if large else SMALL),
     )  # fmt: skip
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(str(folder / "model"))
     random.seed(0)
     used = lines[:pairs]
