@@ -94,7 +94,7 @@ def parts(position_ids: Tensor) -> list[Part]:
     return known
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # of a micro-batch: every layer asks again
 def band(tokens: int, seen: int, window: int | None) -> Tensor | None:
     """(tokens, seen): true where each of the last `tokens` of `seen` sees one before it or itself, at most the last `window`.
 
