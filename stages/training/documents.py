@@ -60,19 +60,20 @@ def attend(
         else:
             k, v = (torch.cat([first[:, :, : part.before], own], 2) for first, own in zip(trunk, (k, v), strict=True))
         seen = band(q.shape[2], k.shape[2], sliding_window)
-        own = scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling
+        out.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling
+            )
         )
-        out.append(own.transpose(1, 2))
-    return torch.cat(out, 1), None
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
 class Part(NamedTuple):
-    """The tokens `start:end` of the row, which see each other and `before` tokens from `document` on."""
+    """The tokens `start:end` of the row, which see each other and the first `before` tokens of their document: of the last part
+    before them that begins one."""
 
     start: int
     end: int
-    document: int
     before: int
 
 
@@ -86,10 +87,8 @@ def parts(position_ids: Tensor) -> list[Part]:
     if known is None:
         row = position_ids[0]
         starts = [0, *((row[1:] != row[:-1] + 1).nonzero().flatten() + 1).tolist(), len(row)]
-        known, document = [], 0
-        for (start, end), before in zip(itertools.pairwise(starts), row[starts[:-1]].tolist(), strict=True):
-            document = start if before == 0 else document
-            known.append(Part(start, end, document, before))
+        begins = row[starts[:-1]].tolist()
+        known = [Part(*place, before) for place, before in zip(itertools.pairwise(starts), begins, strict=True)]
         position_ids._raylign_parts = known  # type: ignore[attr-defined]
     return known
 
