@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, JustifyMethod
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -195,13 +195,13 @@ def render_run(folder: RunFolder) -> Group:
         table = Table(
             title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold"
         )
-        table.add_column("model", overflow="fold")
-        columns = [c for c in COLUMNS if any(c in metrics for metrics in manifest["metrics"].values())]
-        for column in columns:
-            justify: JustifyMethod = "left" if column == "preference_by" else "right"
-            table.add_column(COLUMNS[column], justify=justify, overflow="fold")
-        for model, metrics in manifest["metrics"].items():
-            table.add_row(model, *[cell(metrics, c) for c in columns])
+        # A column for each model: there are fewer of them than metrics, and a narrow terminal shows them whole.
+        for heading in ("", *manifest["metrics"]):
+            table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+        for column, heading in COLUMNS.items():
+            cells = [cell(metrics, column) for metrics in manifest["metrics"].values()]
+            if any(cells):
+                table.add_row(heading, *cells)
         parts.append(table)
         for gate in folder.state()["stages"][name].get("gates", []):
             parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))
