@@ -7,7 +7,8 @@ Rows are `{"question", "answer"}`: the question is the prompt, its answer the ch
 model has 1.25 million parameters, a step is 8 pairs, float32 without checkpointing, two threads, the rows in the same order.
 Every way is a process of its own and the ways take turns; what counts is the median of the ratios of one turn: on a shared
 machine absolute figures swing several-fold. Counted is training from its beginning to its end, and besides the pass of the
-reference where there is one apart; neither tokenisation nor the export.
+reference where there is one apart; neither tokenisation nor the export. Told besides, since other work on the machine hardly
+moves it: the processor time of all threads of the process after its imports, of ours the export included.
 
     bare        both answers padded, log-probabilities of the trained tokens, AdamW; the reference is run once before
     ours        the DPO stage on one worker, without samples (`watch: {prompts: 0}`)
@@ -93,17 +94,19 @@ def given(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, json.loads((folder / "train.json").read_text())
 
 
-def forget_peak() -> int:
-    """Resident memory now; what is highest is counted from here on."""
+def begin() -> tuple[int, float]:
+    """Resident memory and processor time now; the highest memory is counted from here on."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    return memory_of_process()["VmRSS"]
+    return memory_of_process()["VmRSS"], time.process_time()
 
 
-def figures(rows: int, epochs: int, seconds: float, apart: float, losses: list[float], before: int) -> Figures:
-    peak = (memory_of_process()["VmHWM"] - before) // MIB
+def figures(
+    rows: int, epochs: int, seconds: float, apart: float, losses: list[float], before: tuple[int, float]
+) -> Figures:
+    peak, processor = (memory_of_process()["VmHWM"] - before[0]) // MIB, time.process_time() - before[1]
     speed = rows * epochs / (seconds + apart)
-    told = {"pairs": speed, "seconds": seconds, "apart": apart, "peak": peak}
+    told = {"pairs": speed, "seconds": seconds, "apart": apart, "processor": processor, "peak": peak}
     return {name: round(value, 2) for name, value in told.items()} | {"losses": losses}
 
 
@@ -112,7 +115,7 @@ def bare(folder: Path) -> Figures:
     from torch.nn.functional import logsigmoid
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    before = forget_peak()
+    before = begin()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model").train()
     pairs, train = given(folder)
@@ -178,7 +181,7 @@ def trl(folder: Path, computed: bool = False) -> Figures:
             apart += time.perf_counter() - start
             return dataset
 
-    before = forget_peak()
+    before = begin()
     rows, train = given(folder)
     args = DPOConfig(
         output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
@@ -208,7 +211,7 @@ def ours(folder: Path, watched: bool = False) -> Figures:
     import_trainers()
     torch.ones(4, 4, requires_grad=True).sum().backward()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    before = forget_peak()
+    before = begin()
     rows, train = given(folder)
     work = Path(tempfile.mkdtemp(dir=folder))
     config = {"data": [{"path": str(folder / "pairs.jsonl")}], "train": train, "shuffle": False}
@@ -295,8 +298,14 @@ def main() -> None:
         check_losses({way: told[-1] for way, told in seen.items()})
     for of, over in (("ours", "trl"), ("ours", "computed"), ("ours", "bare"), ("watched", "ours"), ("watched", "trl")):
         if of in seen and over in seen:
-            ratios = [a["pairs"] / b["pairs"] for a, b in zip(seen[of], seen[over], strict=True)]
-            print(f"{of} / {over}, pairs/s: median {statistics.median(ratios):.2f} of {[round(r, 2) for r in ratios]}")
+            turns = list(zip(seen[of], seen[over], strict=True))
+            for unit, ratios in (
+                ("pairs/s", [a["pairs"] / b["pairs"] for a, b in turns]),
+                ("pairs a processor second", [b["processor"] / a["processor"] for a, b in turns]),
+            ):
+                print(
+                    f"{of} / {over}, {unit}: median {statistics.median(ratios):.2f} of {[round(r, 2) for r in ratios]}"
+                )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import torch
 from stages import KINDS
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import StageError
+from stages.training.answers import PAIR
 from stages.training.job import PLACEHOLDERS, TrainerParts, TrainJob
+from stages.training.preference import PairLoss
+from stages.training.reference import References, ReferenceWorker
 
 from .test_training import LOSS_TOLERANCE, WEIGHT_TOLERANCE, run, train, weights
 
@@ -92,19 +95,21 @@ def test_bf16_on_a_cpu_where_it_is_asked_for(
     )
 
 
-def build(kind: str, model: str, work: Path, **job: Any) -> Any:
+def job_of(kind: str, model: str, work: Path, **job: Any) -> TrainJob:
+    return TrainJob(
+        task=KINDS[kind].task, model=model, work=work, groups=[], arguments={}, reward=kind == "reward",
+        options={"loss_normalization": "token", "loss": PairLoss()}, **job,
+    )  # fmt: skip
+
+
+def build(job: TrainJob, kind: str) -> Any:
     """The trainer that a worker of a stage would build."""
     import datasets
 
     from stages import dpo, reward, sft
 
-    task = KINDS[kind].task
-    made = TrainJob(
-        task=task, model=model, work=work, groups=[], arguments={}, reward=kind == "reward",
-        options={"loss_normalization": "token"}, **job,
-    )  # fmt: skip
-    rows = datasets.Dataset.from_list([{k: v for k, v in PLACEHOLDERS[task].items() if v is not None}])
-    parts = TrainerParts(made, load_tokenizer(model), rows, None, on_cpu=True)
+    rows = datasets.Dataset.from_list([{k: v for k, v in PLACEHOLDERS[job.task].items() if v is not None}])
+    parts = TrainerParts(job, load_tokenizer(job.model), rows, None, on_cpu=True)
     return {"sft": sft, "dpo": dpo, "reward": reward}[kind].build_trainer(parts)
 
 
@@ -113,12 +118,16 @@ def test_the_attention_that_is_asked_for_is_that_of_the_model_and_its_reference(
     tmp_path: Path, model: str, kind: str
 ) -> None:
     for asked in ("eager", "sdpa"):
-        trainer = build(kind, model, tmp_path, attention=asked)
-        models = [trainer.model, *([trainer.ref_model] if kind == "dpo" else [])]
+        job = job_of(kind, model, tmp_path, attention=asked)
+        trainer = build(job, kind)
+        models = [trainer.model]
+        if kind == "dpo":
+            assert trainer.ref_model is None
+            models.append(ReferenceWorker(job, References(PAIR), None, gpu=False).model)
         assert {m.config._attn_implementation for m in models} == {asked}
         assert {m.dtype for m in models} == {torch.float32}
 
 
 def test_flash_attention_by_name_is_refused_where_it_cannot_be(tmp_path: Path, model: str) -> None:
     with pytest.raises(StageError, match=r"flash.attn|flash_attention_2"):
-        build("sft", model, tmp_path, attention="flash_attention_2")
+        build(job_of("sft", model, tmp_path, attention="flash_attention_2"), "sft")
