@@ -55,7 +55,7 @@ class ScoreHead:
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        base.score.register_forward_hook(self._keep)
+        self.module = base.score
         self.scores: Any = None
 
     def _keep(self, _: Any, __: Any, scores: Any) -> None:
@@ -63,7 +63,13 @@ class ScoreHead:
 
     def rewards(self, model: Any, inputs: dict[str, Any], sides: int) -> tuple[Any, Any]:
         """(sides, rows): the score at the last token of each answer, float32; and the model's outputs."""
-        outputs = model(**model_inputs(inputs), use_cache=False)
+        # Hooked for the call alone, so that it comes after the hooks of ZeRO-3, which fetch the weights for the backward pass
+        # by what they return.
+        hook = self.module.register_forward_hook(self._keep)
+        try:
+            outputs = model(**model_inputs(inputs), use_cache=False)
+        finally:
+            hook.remove()
         scores, self.scores = self.scores, None
         return scores.flatten()[inputs["ends"]].float().view(sides, -1), outputs
 
