@@ -3,6 +3,8 @@
 `consumed.jsonl` has a line for each step: {"step": 1, "epoch": 0, "from": 0, "to": 16, "workers": 2}. The positions
 `from .. to` are those of the order of that epoch (stages/training/feed.py); each worker checks that it was fed exactly its
 share of them, so a line stands for the rows of all workers. It is rewound with the metrics where training goes on.
+
+Where several optimiser steps are made of the same rows (`updates`; stages/rl/iterations.py) the last of them has the line.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ class Consumption:
         return asdict(self)
 
 
-def check_consumption(lines: Iterable[dict[str, Any]], rows: int) -> Consumption:
+def check_consumption(lines: Iterable[dict[str, Any]], rows: int, updates: int = 1) -> Consumption:
     """Read a ledger over data of `rows` rows an epoch: steps one after the other, each beginning where the last one ended."""
     epoch = end = steps = 0
     problems: list[str] = []
     for line in lines:
         step, where = line["step"], f"step {line['step']}"
-        if step != steps + 1:
+        if step != steps + updates:
             problems.append(f"{where} follows step {steps}")
         if line["epoch"] != epoch:
             if line["epoch"] < epoch:

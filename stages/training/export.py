@@ -33,16 +33,16 @@ def save_model(trainer: Any, job: TrainJob, rank: int) -> dict[str, Any]:
     target, tokenizer = job.work / "model", trainer.processing_class
     dtype = base_dtype(job.model)
     if job.lora is not None:
-        trainer.save_model(str(job.work / "adapter"))
+        trainer.save_adapter(str(job.work / "adapter"))
     else:
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on every rank: ZeRO-3 gathers the weights
+        model = trainer.trained_model()
+        state = trainer.trained_state()  # on every rank: ZeRO-3 gathers the weights
         if rank == 0:
             # DeepSpeed hands tied weights over as copies, which would be saved twice.
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             model.save_pretrained(str(target), state_dict=cast(model, state, dtype, without=tied))
     # Autocast is left out from here on: the probes are run in the dtype of the weights.
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model = trainer.trained_model(keep_fp32_wrapper=False)
     if model.config._attn_implementation in (FLASH, documents.NAME):  # of half precision only, or for training alone
         model.set_attn_implementation("sdpa")
     probes = make_probes(job, tokenizer)

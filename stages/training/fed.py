@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.training import optimizers
 from stages.training.evaluation import evaluate_held_out
-from stages.training.feed import FeedLoader
+from stages.training.feed import Feed, FeedLoader, Shares
 from stages.training.guard import Guard
 from stages.training.job import TrainJob
 from stages.training.meter import Meter, Work, peak_flops
@@ -40,6 +40,7 @@ class Fed(Checkpoints):
     args: Any
     accelerator: Any
     state: Any
+    data_collator: Any
     router_aux_loss_coef: float
     current_gradient_accumulation_steps: int
 
@@ -79,6 +80,22 @@ class Fed(Checkpoints):
         self._metric_sums: dict[str, Any] = {}  # of metrics, since the last log
         self._step_loss: Any = 0.0  # of this worker, in the step that is being made
         self._step_inputs: list[dict[str, Any]] = []
+
+    # -- what a stage's steps are made of
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps that are made of the rows of one step of the feed."""
+        return 1
+
+    def shares(self) -> Shares:
+        """How the feed cuts its steps."""
+        args = self.args
+        return Shares(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+
+    def loader_of(self, feed: Feed, job: TrainJob) -> FeedLoader:
+        """Micro-batches of the feed's rows."""
+        return FeedLoader(feed, self.data_collator, job.placeholder)
 
     def get_train_dataloader(self) -> FeedLoader:
         return self.loader
@@ -205,6 +222,20 @@ class Fed(Checkpoints):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.meter.paused():
             super()._save_checkpoint(model, trial)
+
+    # -- what is exported
+
+    def trained_model(self, **options: Any) -> Any:
+        """The model that the stage makes, with its adapter if it has one."""
+        return self.accelerator.unwrap_model(self.model_wrapped, **options)
+
+    def trained_state(self) -> dict[str, Any]:
+        """Its weights. Every worker has to ask: ZeRO-3 gathers them."""
+        return self.accelerator.get_state_dict(self.model_wrapped)
+
+    def save_adapter(self, folder: str) -> None:
+        """As peft does. Every worker has to come here."""
+        self.save_model(folder)  # type: ignore[attr-defined]
 
     # -- the user's own optimizer and schedule
 

@@ -209,6 +209,10 @@ class Feed:
         epoch, _, row = self.span(step - 1)
         return Position(epoch, row, step) if row < self.rows else Position(epoch + 1, 0, step)
 
+    def ends(self, step: int) -> bool:
+        """Whether training may be interrupted when `step` steps are done: always. (stages/rl/iterations.py)"""
+        return True
+
     def rows_in_step(self, step: int) -> int:
         """Rows of a step over all workers."""
         _, start, end = self.span(step)

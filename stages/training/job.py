@@ -25,6 +25,7 @@ PLACEHOLDERS: dict[str, Row] = {
         "label": True,
         "placeholder": True,
     },
+    "prompt": {"prompt_ids": [0], "completion_ids": [0], "placeholder": True},
 }
 
 

@@ -147,7 +147,7 @@ class Checkpoints:
         self.state.epoch = done.epoch + done.row / feed.rows
         if step > self._noted:
             self._noted = step
-            if self.args.process_index == 0:
+            if self.args.process_index == 0 and feed.ends(step):
                 self._reporter.consumed(step, *feed.span(step - 1), feed.shares.workers)
         self.writer.check()
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]

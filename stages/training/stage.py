@@ -208,7 +208,7 @@ def run_training(
     )
     shutil.rmtree(ctx.work / "base", ignore_errors=True)  # its rows are in the export
     tuned = {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]}
-    facts |= {"consumption": consumed(ctx.work, data.rows), "tuning": tuned}
+    facts |= {"consumption": consumed(ctx.work, data.rows, outcome["updates"]), "tuning": tuned}
     facts["training_warnings"] = [*stage.check_data(data), *outcome["warnings"]]
     return result_of(data, outcome, facts)
 
@@ -234,14 +234,14 @@ def prepared(stage: TrainStage, ctx: StageContext, tokenizer: Any) -> Prepared:
     return data
 
 
-def consumed(work: Path, rows: int) -> dict[str, Any]:
+def consumed(work: Path, rows: int, updates: int) -> dict[str, Any]:
     """What the consumption ledger proves.
 
     Raises:
         StageError: rows were lost or repeated.
     """
     with (work / CONSUMED).open() as lines:
-        proof = check_consumption(map(json.loads, lines), rows)
+        proof = check_consumption(map(json.loads, lines), rows, updates)
     if proof.problems:
         raise StageError(
             f"rows were lost or repeated: {'; '.join(proof.problems[:3])} ({work / CONSUMED})\n"

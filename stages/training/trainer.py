@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from stages.base import Reporter
 from stages.training import documents
 from stages.training.deepspeed import init_deepspeed
 from stages.training.export import save_model
-from stages.training.feed import Feed, FeedLoader, Position, Shares, total_steps
+from stages.training.feed import Feed, Position, total_steps
 from stages.training.job import PLACEHOLDERS, Build, TrainerParts, TrainJob
 from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
 from stages.training.tuning import settle_quantized
@@ -42,21 +43,22 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         init_deepspeed("gloo" if on_cpu else "nccl")
     trainer = _build(config["build"], job, on_cpu)
     args = trainer.args
-    shares = Shares(workers, args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    rows = sum(count for _, _, count in job.groups)
+    shares, updates = trainer.shares(), trainer.updates
     start = job.resume.record.position if job.resume else Position()
-    total = args.max_steps if args.max_steps > 0 else total_steps(shares, rows, args.num_train_epochs, start)
-    order = job.seed if job.shuffle else None
+    before = replace(start, step=start.step // updates)  # in steps of the feed
+    rows = sum(count for _, _, count in job.groups)
+    epochs = args.num_train_epochs
+    total = -(-args.max_steps // updates) if args.max_steps > 0 else total_steps(shares, rows, epochs, before)
     feed = Feed(
         job.groups,
         rank=rank,
         shares=shares,
         steps=total,
-        seed=order,
-        start=start,
+        seed=job.seed if job.shuffle else None,
+        start=before,
         tokens_per_row=job.tokens_per_row,
     )
-    trainer.join(job, FeedLoader(feed, trainer.data_collator, job.placeholder))
+    trainer.join(job, trainer.loader_of(feed, job))
     if rank == 0:
         Reporter(job.work).rewind(start.step)
     started = time.time()
@@ -75,6 +77,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": int(trainer.state.global_step),
+        "updates": updates,
         "epochs": feed.epochs,
         "seconds": round(seconds, 3),
         "resumed_at_step": start.step,
