@@ -25,7 +25,8 @@ Files, one JSON object a line (``messages`` is a list of ``{"role": ..., "conten
 * ``pairs.jsonl``          ``prompt`` (a history without mistakes, ending with the user), ``chosen`` (the right answer)
                            and ``rejected`` (a wrong one, drawn as the demonstrations draw theirs);
 * ``heldout.jsonl``        ``messages`` (a history without mistakes, ending with the right answer) and ``expected``;
-* ``heldout_pairs.jsonl``  as ``pairs.jsonl``.
+* ``heldout_pairs.jsonl``  as ``pairs.jsonl``;
+* ``prompts.jsonl``        as ``heldout.jsonl``, of the letters that are trained on: for a model to answer, and to be judged.
 
 All operations keep the set of letters, so the split is by that set: each is wholly in training or wholly held out.
 The same seed gives the same bytes.
@@ -118,7 +119,7 @@ def pairs(rng: random.Random, letter_sets: list[str], count: int) -> Iterator[Ro
 
 
 def questions(rng: random.Random, letter_sets: list[str], count: int) -> Iterator[Row]:
-    """Different held-out prompts with their right answers, all turns alike often."""
+    """Different prompts with their right answers, all turns alike often."""
     seen: set[str] = set()
     while len(seen) < count:
         right, _ = conversation(rng, letter_sets, len(seen) % len(DRIFT_RATES) + 1)
@@ -134,9 +135,14 @@ def write(path: Path, rows: Iterator[Row]) -> None:
 
 
 def generate(
-    out_dir: Path, seed: int = 0, chat_count: int = 8000, pair_count: int = 3000, heldout_count: int = 500
+    out_dir: Path,
+    seed: int = 0,
+    chat_count: int = 8000,
+    pair_count: int = 3000,
+    heldout_count: int = 500,
+    prompt_count: int = 4000,
 ) -> None:
-    """Write the four files into ``out_dir``, which is made if it is missing."""
+    """Write the five files into ``out_dir``, which is made if it is missing."""
     rng = random.Random(seed)
     letter_sets = ["".join(letters) for size in (3, 4) for letters in itertools.combinations(ALPHABET, size)]
     rng.shuffle(letter_sets)
@@ -147,11 +153,12 @@ def generate(
     write(out_dir / "pairs.jsonl", pairs(rng, training, pair_count))
     write(out_dir / "heldout.jsonl", questions(rng, held_out, heldout_count))
     write(out_dir / "heldout_pairs.jsonl", pairs(rng, held_out, 300))
+    write(out_dir / "prompts.jsonl", questions(rng, training, prompt_count))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the quickstart's data set.")
-    parser.add_argument("out_dir", type=Path, help="where to write the four .jsonl files")
+    parser.add_argument("out_dir", type=Path, help="where to write the .jsonl files")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     args = parser.parse_args()
     generate(args.out_dir, args.seed)

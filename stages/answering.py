@@ -115,7 +115,7 @@ class Judge:
     def __call__(self, chunk: Chunk) -> None:
         sampled = read_chunk(self.samples, chunk)
         usable = {
-            (i, n): _answered(prompt, answer)
+            (i, n): answered(prompt, answer)
             for i, (prompt, answers) in enumerate(zip(chunk.prompts(), sampled, strict=True))
             for n, answer in enumerate(answers)
             if unusable(answer["text"], answer["stopped"]) is None
@@ -126,7 +126,8 @@ class Judge:
         )
 
 
-def _answered(prompt: dict[str, Any], answer: dict[str, Any]) -> Answered:
+def answered(prompt: dict[str, Any], answer: dict[str, Any]) -> Answered:
+    """An answer as a chunk's file has it, to a row of prompts, for those that score it."""
     return Answered(
         prompt_ids=prompt["prompt_ids"],
         prompt=json.loads(prompt["messages"]),

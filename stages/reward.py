@@ -18,6 +18,7 @@ from stages.training.answers import PAIR, answer_collator, model_inputs
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.fed import Fed, Scored
 from stages.training.feed import Group
+from stages.training.head import ScoreHead
 from stages.training.job import TrainerParts
 from stages.training.pair_statistics import pair_statistics
 from stages.training.preference import bradley_terry
@@ -50,30 +51,6 @@ class Reward(TrainStage):
         return run_training(self, ctx, build_trainer)
 
 
-class ScoreHead:
-    """The score of every token, of which the model itself gives only the last one's of each line."""
-
-    def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.module = base.score
-        self.scores: Any = None
-
-    def _keep(self, _: Any, __: Any, scores: Any) -> None:
-        self.scores = scores
-
-    def rewards(self, model: Any, inputs: dict[str, Any], sides: int) -> tuple[Any, Any]:
-        """(sides, rows): the score at the last token of each answer, float32; and the model's outputs."""
-        # Hooked for the call alone, so that it comes after the hooks of ZeRO-3, which fetch the weights for the backward pass
-        # by what they return.
-        hook = self.module.register_forward_hook(self._keep)
-        try:
-            outputs = model(**model_inputs(inputs), use_cache=False)
-        finally:
-            hook.remove()
-        scores, self.scores = self.scores, None
-        return scores.flatten()[inputs["ends"]].float().view(sides, -1), outputs
-
-
 def build_trainer(parts: TrainerParts) -> Any:
     """TRL's RewardTrainer with a loss of our own."""
     import torch
@@ -83,7 +60,7 @@ def build_trainer(parts: TrainerParts) -> Any:
         head: ScoreHead
 
         def score(self, model: Any, inputs: dict[str, Any]) -> Scored:
-            rewards, outputs = self.head.rewards(model, inputs, 2)
+            rewards, outputs = rewards_of(self.head, model, inputs, 2)
             each = bradley_terry(rewards, inputs["extra"]["margin"], self.args.center_rewards_coefficient)
             real, told = inputs["real"], rewards.detach()
             margin = told[0] - told[1]
@@ -117,7 +94,7 @@ def build_trainer(parts: TrainerParts) -> Any:
                 for at in range(0, batches * size, size):
                     part = mine[at : at + size]
                     inputs = self._prepare_inputs(three_answers(part or [job.placeholder | {"other_ids": [0]}]))
-                    rewards, _ = self.head.rewards(self.model_wrapped, inputs, 3)
+                    rewards, _ = rewards_of(self.head, self.model_wrapped, inputs, 3)
                     found += rewards.T.tolist()[: len(part)]
             self.model_wrapped.train()
             every: list[list[list[float]]] = [found] * args.world_size
@@ -142,6 +119,12 @@ def build_trainer(parts: TrainerParts) -> Any:
     )
     three_answers = answer_collator(pad, (*PAIR, "other_ids"), layout=layout)
     return trainer
+
+
+def rewards_of(head: ScoreHead, model: Any, inputs: dict[str, Any], sides: int) -> tuple[Any, Any]:
+    """(sides, rows): the score at the last token of each answer; and the model's outputs."""
+    scores, outputs = head.scores(model, model_inputs(inputs))
+    return scores[inputs["ends"]].view(sides, -1), outputs
 
 
 def first_rows(groups: list[Group], count: int) -> list[dict[str, Any]]:

@@ -19,11 +19,13 @@ class Iterations:
         feed: of prompts; its steps are iterations, its start that of an iteration.
         updates: optimiser steps of an iteration.
         accumulation: micro-batches of an optimiser step, on each worker.
+        workers: that share an optimiser step; those of the feed, unless that gives every one of them all prompts.
     """
 
-    def __init__(self, feed: Feed, updates: int, accumulation: int) -> None:
+    def __init__(self, feed: Feed, updates: int, accumulation: int, workers: int | None = None) -> None:
         self.feed, self.updates = feed, updates
-        self.shares = Shares(feed.shares.workers, 1, accumulation)
+        self.workers = workers or feed.shares.workers
+        self.shares = Shares(self.workers, 1, accumulation)
         self.rows, self.seed = feed.rows, feed.seed
         self.start = replace(feed.start, step=feed.start.step * updates)
         self.steps, self.epochs = feed.steps * updates, feed.epochs

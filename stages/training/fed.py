@@ -63,8 +63,12 @@ class Fed(Checkpoints):
 
     def finish(self) -> tuple[dict[str, float], list[str]]:
         """Metrics of the trained model, and warnings. Called on every worker, before the export."""
-        held_out = evaluate_held_out(self) if self.job.held_out else {}
+        held_out = self.held_out_metrics() if self.job.held_out else {}
         return held_out | self.watch(), []
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Of the rows that were held out, `eval_` before their names."""
+        return evaluate_held_out(self)
 
     @property
     def hopeless(self) -> float:
@@ -206,7 +210,7 @@ class Fed(Checkpoints):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The held-out rows; called by the trainer as `eval_strategy` says."""
         with self.meter.paused():
-            metrics = evaluate_held_out(self) | self.watch()
+            metrics = self.held_out_metrics() | self.watch()
         self.model.eval()  # TRL logs what it has gathered for the mode the model is in
         self.log(metrics)
         self.model.train()

@@ -1,4 +1,4 @@
-"""The language-model head, only where a token is predicted that counts.
+"""A model's head, where a token is predicted that counts, and a reward or value model's at every token.
 
 With masks about half of the tokens, and of padded batches fewer, need logits at all, and the logits are the largest tensor of
 a step. The hidden states are picked before the head, inside the model's own forward pass, so whatever a model does to its
@@ -46,3 +46,27 @@ class TrainedHead:
             self.index = None
         logits = outputs.logits
         return (logits[0] if self.picked else logits.flatten(0, 1)[index]), outputs
+
+
+class ScoreHead:
+    """The score of every token of a `ForSequenceClassification` model, which itself gives only the last one's of each line."""
+
+    def __init__(self, model: Any) -> None:
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.module = base.score
+        self.kept: Any = None
+
+    def _keep(self, _: Any, __: Any, scores: Any) -> None:
+        self.kept = scores
+
+    def scores(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Float32, of the tokens of all lines laid end to end, and the outputs. `model` may be wrapped."""
+        # Hooked for the call alone, so that it comes after the hooks of ZeRO-3, which fetch the weights for the backward pass
+        # by what they return.
+        hook = self.module.register_forward_hook(self._keep)
+        try:
+            outputs = model(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+        scores, self.kept = self.kept, None
+        return scores.flatten().float(), outputs

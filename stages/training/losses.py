@@ -124,8 +124,11 @@ def _function() -> Any:
     return CrossEntropy
 
 
-def token_logps(logits: Tensor, targets: Tensor, squares: bool = False) -> tuple[Tensor, Tensor]:
-    """log p_t of each token, and where `squares` are wanted log sum_v p_v^2 of its distribution, without a gradient.
+def token_logps(
+    logits: Tensor, targets: Tensor, *, squares: bool = False, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """log p_t of each token, and one thing more of its distribution where that is wanted: of `squares` log sum_v p_v^2,
+    without a gradient, of `entropy` - sum_v p_v log p_v, with one.
 
     As `cross_entropy`, the gradient is written over `logits`: nothing else of their size is held.
 
@@ -134,9 +137,9 @@ def token_logps(logits: Tensor, targets: Tensor, squares: bool = False) -> tuple
         targets: (tokens,) ids.
 
     Returns:
-        (tokens,) float32, and the same again or, without `squares`, nothing: (0,).
+        (tokens,) float32, and the same again or, where nothing more is wanted, nothing: (0,).
     """
-    return _logps_function().apply(logits, targets, squares)
+    return _logps_function().apply(logits, targets, squares, entropy)
 
 
 @cache
@@ -145,33 +148,47 @@ def _logps_function() -> Any:
 
     class TokenLogps(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+        def forward(ctx: Any, logits: Tensor, targets: Tensor, squares: bool, entropy: bool) -> tuple[Tensor, Tensor]:
             size = max(1, BLOCK // max(logits.shape[-1], 1))
-            norms, logps, certain = [], [], [logits.new_empty(0, dtype=torch.float32)]
+            norms, logps, more = [], [], [logits.new_empty(0, dtype=torch.float32)]
             for block, target in zip(logits.split(size), targets.split(size), strict=True):
                 whole = block.float()
                 norm = whole.logsumexp(-1)
                 norms.append(norm)
                 logps.append(whole.gather(1, target[:, None]).squeeze(1) - norm)
                 if squares:
-                    certain.append((2 * whole).logsumexp(-1) - 2 * norm)
-            norm, logp, square = (torch.cat(parts) for parts in (norms, logps, certain))
+                    more.append((2 * whole).logsumexp(-1) - 2 * norm)
+                elif entropy:
+                    log_p = whole - norm[:, None]
+                    more.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+            norm, logp, second = (torch.cat(parts) for parts in (norms, logps, more))
             if ctx.needs_input_grad[0]:
                 ctx.logits, ctx.norm, ctx.targets, ctx.size = logits, norm, targets, size
-            ctx.mark_non_differentiable(square)
-            return logp, square
+                ctx.entropy = second if entropy else None
+            ctx.set_materialize_grads(False)
+            if not entropy:
+                ctx.mark_non_differentiable(second)
+            return logp, second
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
+        def backward(ctx: Any, upstream: Tensor | None, of_entropy: Tensor | None) -> tuple[Any, ...]:
             logits, ctx.logits = ctx.logits, None
             if logits is None:
                 raise RuntimeError("the gradient of these log-probabilities was already used: it can be taken once")
-            parts = (x.split(ctx.size) for x in (logits, ctx.norm, ctx.targets, upstream))
-            for block, norm, target, g in zip(*parts, strict=True):  # d log p_t / d logits = onehot - p
-                gradient = (block.float() - norm[:, None]).exp_().mul_(-g[:, None])
+            if upstream is None:
+                upstream = torch.zeros_like(ctx.norm)
+            wanted = (upstream,) if of_entropy is None else (upstream, of_entropy, ctx.entropy)
+            parts = (x.split(ctx.size) for x in (logits, ctx.norm, ctx.targets, *wanted))
+            for block, norm, target, g, *more in zip(*parts, strict=True):  # d log p_t / d logits = onehot - p
+                log_p = block.float().sub_(norm[:, None])
+                if more:  # d H / d logits = - p (log p + H)
+                    of, entropy = more
+                    gradient = log_p.exp() * (-g[:, None] - of[:, None] * (log_p + entropy[:, None]))
+                else:
+                    gradient = log_p.exp_().mul_(-g[:, None])
                 gradient.scatter_add_(1, target[:, None], g[:, None])
                 block.copy_(gradient)
-            return logits, None, None
+            return logits, None, None, None
 
     return TokenLogps

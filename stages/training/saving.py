@@ -24,8 +24,9 @@ from stages.training.feed import Feed, FeedLoader
 from stages.training.universal import finish_loading
 from stages.training.writer import Writer, sees, snapshot
 
-# What the loop remembers from step to step: sums of what is not logged yet, and what the guard has seen.
-SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics", "_watched", "_told")
+# What the loop remembers from step to step: sums of what is not logged yet, what the guard has seen, and of training in
+# iterations what one hands on to the next.
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_total_train_tokens", "_metrics", "_watched", "_told", "_rollouts")
 
 
 class Checkpoints:

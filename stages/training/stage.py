@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -143,6 +145,7 @@ def run_training(
     build: Build,
     options: dict[str, Any] | None = None,
     references: References | None = None,
+    around: Callable[[TrainJob], AbstractContextManager[TrainJob]] = nullcontext,
 ) -> StageResult:
     """Prepare the data, train on the workers, and leave model, ledger and metrics in `ctx.work`.
 
@@ -150,6 +153,7 @@ def run_training(
         build: makes the stage's trainer on each worker.
         options: what that needs besides the job.
         references: what it needs of the model the stage was given, run over the data before.
+        around: what is there while the workers train; it gives the job they are sent.
     """
     quiet_ray()
     ctx.report.phase("prepare")
@@ -199,13 +203,14 @@ def run_training(
         seen, facts["reference"] = with_reference(data, references, job, ctx, count)
         job = replace(job, groups=seen.row_groups(), held_out=seen.row_groups("eval"))
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
-    outcome = launch(
-        train_on_worker,
-        {"job": job, "build": build, "on_cpu": ctx.resources.gpus_per_worker == 0},
-        resources=ctx.resources,
-        local=ctx.local,
-        folder=ctx.work,
-    )
+    with around(job) as job:
+        outcome = launch(
+            train_on_worker,
+            {"job": job, "build": build, "on_cpu": ctx.resources.gpus_per_worker == 0},
+            resources=ctx.resources,
+            local=ctx.local,
+            folder=ctx.work,
+        )
     shutil.rmtree(ctx.work / "base", ignore_errors=True)  # its rows are in the export
     tuned = {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]}
     facts |= {"consumption": consumed(ctx.work, data.rows, outcome["updates"]), "tuning": tuned}

@@ -51,7 +51,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     total = -(-args.max_steps // updates) if args.max_steps > 0 else total_steps(shares, rows, epochs, before)
     feed = Feed(
         job.groups,
-        rank=rank,
+        rank=rank % shares.workers,  # a stage may want all rows on every worker
         shares=shares,
         steps=total,
         seed=job.seed if job.shuffle else None,

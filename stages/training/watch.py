@@ -28,7 +28,7 @@ def report_callback(work: Path) -> Any:
                 self.reporter.progress(state.global_step, state.max_steps, "step", loss=last)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            if state.is_world_process_zero and ("loss" in logs or "eval_rows" in logs):
                 self.reporter.metrics(state.global_step, {k: v for k, v in logs.items() if k != "step"})
 
     return Report()
