@@ -6,9 +6,12 @@ from stages.base import Artifact, Stage, StageContext, StageResult
 from stages.dpo import DPO
 from stages.evaluate import Evaluate
 from stages.generate import Generate
+from stages.grpo import GRPO
 from stages.init import Init
 from stages.kto import KTO
+from stages.ppo import PPO
 from stages.reward import Reward
+from stages.rloo import RLOO
 from stages.sft import SFT
 
 KINDS: dict[str, type[Stage]] = {
@@ -17,14 +20,20 @@ KINDS: dict[str, type[Stage]] = {
     "reward": Reward,
     "dpo": DPO,
     "kto": KTO,
+    "ppo": PPO,
+    "grpo": GRPO,
+    "rloo": RLOO,
     "generate": Generate,
     "evaluate": Evaluate,
 }
 
 __all__ = [
     "DPO",
+    "GRPO",
     "KINDS",
     "KTO",
+    "PPO",
+    "RLOO",
     "SFT",
     "Artifact",
     "Evaluate",

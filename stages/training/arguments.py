@@ -26,6 +26,8 @@ _SOURCES = {
     "RewardConfig": ("trl", "trainer/reward_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
+    "GRPOConfig": ("trl", "trainer/grpo_config.py"),
+    "RLOOConfig": ("trl", "trainer/rloo_config.py"),
     "LoraConfig": ("peft", "tuners/lora/config.py"),
 }
 
@@ -64,6 +66,30 @@ MANAGED = {
     "auto_find_batch_size": "the batch size decides which rows share a step, so it is fixed",
     "restore_callback_states_from_checkpoint": "an interrupted stage goes on as it was",
     "save_only_model": "an interrupted stage goes on from its whole checkpoint",
+    # of GRPO and RLOO
+    "max_completion_length": "write it beside `train`: `max_new_tokens: 256`",
+    "temperature": "write it beside `train`: `temperature: 1.0`",
+    "use_vllm": "write it beside `train`: `engine: vllm`",
+    "vllm_mode": "vllm runs in the workers that train",
+    "reward_weights": "write them in `rewards`: `- {reward: NAME, weight: 0.5}`",
+    "generation_batch_size": "use `steps_per_generation`: of per_device_train_batch_size answers on each worker",
+    "num_generations_eval": "a held-out prompt is answered once",
+    "shuffle_dataset": "use `shuffle` beside `train`",
+    "chat_template_kwargs": "the prompts are rendered before: use the spec's `chat_template`, and `mask` beside `train`",
+    "max_tool_calling_iterations": "an answer is one turn: no tools are called",
+    "log_completions": "answers are kept in samples.jsonl: use `samples` beside `train`",
+    "num_completions_to_print": "use `samples: {prompts: 8}` beside `train`",
+    "log_unique_prompts": "use `samples` beside `train`",
+    "log_multimodal": "prompts are text",
+    "log_completions_hub_repo": "answers are kept in samples.jsonl: use `samples` beside `train`",
+    "ref_model_mixup_alpha": "the reference is the model the stage was given",
+    "ref_model_sync_steps": "the reference is the model the stage was given",
+    "use_transformers_paged": "use `use_transformers_continuous_batching`",
+    "vllm_importance_sampling_cap": "use `vllm_importance_sampling_clip_max`",
+    **{
+        f"vllm_{name}": "vllm runs in the workers that train: there is no server"
+        for name in ("server_base_url", "server_host", "server_port", "server_timeout", "group_port")
+    },
 }
 
 _NAMES: dict[str, Any] = {
