@@ -11,7 +11,9 @@ to a prompt are on one worker, one after another, so that what TRL gathers from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -24,8 +26,8 @@ from stages.generate import choose_engine
 from stages.rewards import Scorer, Scoring
 from stages.rl.iterations import Iterations
 from stages.rl.loop import Iterating
-from stages.rl.stage import Kept, RLStage
-from stages.rl.watching import KeptSamples
+from stages.rl.stage import Beside, Kept, RLStage
+from stages.rl.watching import KeptSamples, LimitGuard, Limits
 from stages.training.arguments import TrainConfig, library_defaults
 from stages.training.drift import evaluating, share, stop_tokens
 from stages.training.fed import Fed
@@ -63,6 +65,7 @@ class GroupStage(RLStage):
     """A stage that is trained by comparing the answers to a prompt."""
 
     train: TrainConfig
+    limits: Limits = Limits()
 
     @model_validator(mode="before")
     @classmethod
@@ -95,13 +98,34 @@ class GroupStage(RLStage):
             given |= {"metric_for_best_model": "reward", "greater_is_better": True}
         return given
 
+    @property
+    def answers_to_each(self) -> int:
+        return int(self._said("num_generations"))
+
+    def cut(self, workers: int) -> tuple[Shares, int]:
+        sizes = Sizes.of(self.train)
+        return Shares(1, sizes.prompts * workers), sizes.updates
+
+    def beside(self, workers: int, inputs: Mapping[str, Sequence[str]]) -> Beside:
+        return Beside(
+            rewards=tuple(inputs.get("rewards", ())),
+            reference="shared" if self._said("beta") else "",
+            sampled=Sizes.of(self.train).prompts * self.answers_to_each,
+            whole_logits=False,  # TRL's head goes over them in tiles
+        )
+
+    def _said(self, name: str) -> Any:
+        return self.train.given().get(name, library_defaults(self.train.library)[name])
+
     def train_in_groups(self, ctx: StageContext, build: Build) -> StageResult:
         engine = choose_engine(self.engine, gpu=ctx.resources.gpus_per_worker > 0)
         if engine == "vllm" and not ctx.resources.gpus_per_worker:
             raise StageError(
                 "engine: vllm runs in the workers that train, which have no GPU; use `engine: transformers`"
             )
-        answers = Answers(self.judges(ctx), self.max_new_tokens, self.temperature, engine == "vllm", self.samples)
+        answers = Answers(
+            self.judges(ctx), self.max_new_tokens, self.temperature, engine == "vllm", self.samples, self.limits
+        )
         return run_training(self, ctx, build, {"answers": answers})
 
 
@@ -149,6 +173,7 @@ class Answers:
     temperature: float
     vllm: bool
     samples: Kept
+    limits: Limits
 
 
 # ------------------------------------------------------------------------------------------------ the prompts
@@ -207,6 +232,7 @@ class Grouped(Iterating):
     job: TrainJob
     accelerator: Any
     state: Any
+    control: Any
     meter: Meter
     model_wrapped: Any
     processing_class: Any
@@ -256,19 +282,47 @@ class Grouped(Iterating):
 
         return list(gather_object([own]))
 
+    def join(self, job: TrainJob, loader: Any) -> None:
+        super().join(job, loader)  # type: ignore[misc]
+        kept, limits = self.answers.samples, self.answers.limits
+        self.kept, self.limit_guard = KeptSamples(job.work, kept.every, kept.prompts), LimitGuard(limits)
+        self._latest: dict[str, float] = {}  # entropy and KL of the last micro-batch
+        self._enough = ""  # why training ends early
+
     def begin(self) -> None:
         super().begin()  # type: ignore[misc]
         # TRL counts micro-batches to know when to sample.
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        work, kept = self.job.work, self.answers.samples
-        self.kept = KeptSamples(work, kept.every, kept.prompts)
+
+    @property
+    def _rollouts(self) -> dict[str, Any]:
+        """What an iteration hands on to the next: a checkpoint keeps it."""
+        return {"first": self.limit_guard.first, "latest": self._latest, "enough": self._enough}
+
+    @_rollouts.setter
+    def _rollouts(self, value: dict[str, Any]) -> None:
+        self.limit_guard.first, self._latest, self._enough = value["first"], value["latest"], value["enough"]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._enough and self.feed.ends(self.state.global_step):
+            self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def finish(self) -> tuple[dict[str, float], list[str]]:
+        metrics, warnings = super().finish()  # type: ignore[misc]
+        if self._enough:
+            warnings = [*warnings, f"training ended after {self.state.global_step} steps: {self._enough}"]
+        return metrics, warnings
 
     # -- the loss is TRL's, which knows itself what a step holds
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        return super(Fed, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss = super(Fed, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        told = self._metrics["train"]
+        self._latest |= {RENAMED.get(name, name): told[name][-1] for name in ("entropy", "kl") if told.get(name)}
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         return None
@@ -283,7 +337,27 @@ class Grouped(Iterating):
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
         self._asked = inputs
-        return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        with self.meter.paused(), self._timed("rollout"):
+            made: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        told = self._metrics["train"]
+        now = {name: told[name][-1] for name in ("reward", "stopped")}
+        now |= {"answer_tokens": told["completions/mean_length"][-1]} | self._latest
+        if (wrong := self.limit_guard.stop(now)) is not None:
+            why, useful = wrong
+            if not useful:
+                raise StageError(f"stopped after {self.state.global_step} steps: {why}")
+            self._enough = why
+        return made
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._metrics["train"][f"seconds/{what}"].append(time.perf_counter() - began)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._timed("generate"):
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """The tokens that the data engine made, which a reward model and an evaluation see too."""
@@ -291,9 +365,10 @@ class Grouped(Iterating):
 
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids: Any) -> Any:
         found = [as_answer(ids, ids[-1] in self.eos_token_ids, self.processing_class) for ids in completion_ids]
-        self.scores[:] = self._together(
-            lambda: self.scoring([answered(row, answer) for row, answer in zip(inputs, found, strict=True)])
-        )
+        with self._timed("judge"):
+            self.scores[:] = self._together(
+                lambda: self.scoring([answered(row, answer) for row, answer in zip(inputs, found, strict=True)])
+            )
         stopped = [float(answer["stopped"]) for answer in found]
         self._metrics["train"]["stopped"].append(mean(self._of_all(mean(stopped))))
         self._keep_samples(inputs, found)
