@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from stages import sampling
 from stages.errors import StageError
 from stages.sampling import Sample, ended, sample, stop_ids_of
 
@@ -104,6 +105,84 @@ def test_a_sample_is_as_likely_with_padding_beside_it(policy: Any) -> None:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
     )
     assert sample(policy, [short], **options)[0][0] == ended(plain[0, 2:].tolist(), [2])
+
+
+WINDOW = {"sliding_window": 6, "num_key_value_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
+    "mistral": WINDOW,
+    "gemma2": WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+def made(kind: str, **options: Any) -> Any:
+    torch.manual_seed(1)
+    special = {"vocab_size": 40, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}
+    config = AutoConfig.for_model(**LLAMA | {"model_type": kind} | options | special)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_our_loop_gives_what_transformers_gives(
+    prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With padding, windows that the answers outgrow, and answers that are taken out of the batch."""
+    model = made(kind, **MODELS[kind])
+    assert sampling._common(model)
+    options = OPTIONS | {"stop_ids": [2, 7, 9, 11, 13], "batch_size": 33}
+    ours = sample(model, prompts, **options)
+    assert len({len(one.ids) for each in ours for one in each}) > 5
+    monkeypatch.setattr(sampling, "_common", lambda model: False)
+    assert ours == sample(model, prompts, **options)
+
+
+def test_a_model_with_inputs_of_its_own_is_left_to_transformers(prompts: list[list[int]]) -> None:
+    model = made("phi3", num_key_value_heads=4)
+    assert not sampling._common(model)
+    assert sample(model, prompts, **OPTIONS | {"batch_size": 5}) == sample(model, prompts, **OPTIONS)
+
+
+def test_with_an_adapter(prompts: list[list[int]]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = sample(made("llama"), prompts, **OPTIONS)
+    model = get_peft_model(made("llama"), LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "o_proj"]))
+    model.eval()
+    assert sampling._common(model) and sample(model, prompts, **OPTIONS) != plain
+    with model.disable_adapter():
+        assert sample(model, prompts, **OPTIONS) == plain
+
+
+def test_no_answer_is_computed_long_after_its_end(policy: Any, prompts: list[list[int]]) -> None:
+    rows: list[int] = []
+    hook = policy.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    options = OPTIONS | {"stop_ids": list(range(2, 22)), "batch_size": 33, "max_new_tokens": 60}
+    answers = [one for each in sample(policy, prompts, **options) for one in each]
+    hook.remove()
+    longest, tokens = (f(len(one.ids) for one in answers) for f in (max, sum))
+    assert all(one.stopped for one in answers) and len(rows) == longest < 60
+    assert tokens <= sum(rows) < tokens * 1.15 < 33 * longest
+
+
+def test_the_token_drawn_is_the_first_whose_cumulative_probability_is_above_the_draw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 4 * torch.randn(500, 1000, generator=generator)
+    scores[:, ::3] = -torch.inf
+    draws = torch.rand(500, generator=generator, dtype=torch.float64)
+    draws[:40], draws[40:80] = 0.0, 1 - 2**-53
+    scores[20:60, 100:] = -torch.inf  # the last blocks have no probability at all
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    wanted = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
+    got = sampling._drawn(scores, draws, [])
+    assert torch.isfinite(scores.gather(1, got[:, None])).all()
+    assert torch.equal(got[:40], wanted[:40]) and torch.equal(got[80:], wanted[80:])
+    above = cumulative.gather(1, got[:, None]).squeeze(1) / cumulative[:, -1]
+    assert (above >= draws - 1e-6).all()  # at the very end rounding decides between the last tokens
 
 
 def test_ended() -> None:
