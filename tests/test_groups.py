@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pydantic import ValidationError
 
-from pipeline.spec_checks import _message
+from pipeline.spec_reader import load_spec
 from stages import KINDS
+from stages.errors import SpecError
 from stages.rl.groups import Prompts, Sizes, as_answers, filled
 from stages.rl.iterations import Iterations
 from stages.training.feed import Feed, Shares
@@ -24,12 +27,27 @@ def spec(kind: str, train: dict[str, Any] | None = None, **more: Any) -> Any:
     return KINDS[kind].model_validate({"kind": kind} | config | more)
 
 
-def mistake(kind: str, train: dict[str, Any], **more: Any) -> str:
-    """What the user reads."""
-    with pytest.raises(ValidationError) as caught:
-        spec(kind, train, **more)
-    (error,) = caught.value.errors()
-    return _message(KINDS[kind], dict(error), error["loc"])
+Mistake = Callable[[str, dict[str, Any]], str]
+
+
+@pytest.fixture
+def mistake(tmp_path: Path, data: Path, model: str) -> Mistake:
+    """What the user reads of a spec with one mistake."""
+
+    def told(kind: str, train: dict[str, Any]) -> str:
+        stage = {
+            "kind": kind,
+            "data": [{"path": str(data / "chats.jsonl")}],
+            "rewards": ["my.rewards:exact"],
+            "train": train,
+        }
+        (tmp_path / "spec.yaml").write_text(json.dumps({"name": "test", "model": model, "stages": {"rl": stage}}))
+        with pytest.raises(SpecError) as caught:
+            load_spec(tmp_path / "spec.yaml", [])
+        (problem,) = caught.value.problems
+        return problem.message
+
+    return told
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -69,11 +87,11 @@ def test_the_spec_of_a_ppo_stage_is_taken_with_its_kind_changed(kind: str) -> No
         ("grpo", {"generation_kwargs": {"temperature": 2}}, "generation_kwargs: temperature is decided by `temperature` beside `train`"),
     ],
 )  # fmt: skip
-def test_mistakes(kind: str, train: dict[str, Any], says: str) -> None:
+def test_mistakes(mistake: Mistake, kind: str, train: dict[str, Any], says: str) -> None:
     assert mistake(kind, train) == says
 
 
-def test_a_loss_that_trl_does_not_have_is_told_before_anything_starts() -> None:
+def test_a_loss_that_trl_does_not_have_is_told_before_anything_starts(mistake: Mistake) -> None:
     assert "'dapo', 'dr_grpo'" in mistake("grpo", {"loss_type": "dappo"})
     assert spec("grpo", {"scale_rewards": False, "loss_type": "dr_grpo"}).train.given()["scale_rewards"] is False
 
