@@ -85,8 +85,8 @@ def whitened(values: np.ndarray, mask: np.ndarray, *, shift_mean: bool = True) -
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:
-    """1 - Var(G - V) / Var(G): 1 where the value model foresees every return, 0 where it says nothing, below 0 where it misleads.
-    0 where all returns are the same."""
+    """1 - Var(G - V) / Var(G): 1 where the value model foresees every return, 0 where it says nothing (or all are the same),
+    below 0 where it misleads."""
     spread = returns[mask].var()
     return float(1 - (returns - values)[mask].var() / spread) if spread > 0 else 0.0
 

@@ -31,7 +31,7 @@ from stages.rl.loop import Iterating
 from stages.rl.losses import approximate_kl, policy_loss, value_loss
 from stages.rl.rollout import TOKENS, Episode, Rollout, Rollouts, make_rollout, rollout_collator
 from stages.rl.settings import PPOSettings
-from stages.rl.stage import Kept
+from stages.rl.stage import TOGETHER, Kept
 from stages.rl.watching import KeptSamples, LimitGuard, Limits
 from stages.training import documents
 from stages.training.answers import answer_collator
@@ -40,6 +40,7 @@ from stages.training.fed import Fed, Scored, add_metrics
 from stages.training.feed import Feed, Row, Shares
 from stages.training.job import TrainerParts, TrainJob
 
+SAVED = 10  # iterations from one checkpoint to the next, where the user does not say
 ACTORS_TIMEOUT = 600.0  # seconds for processes that judge to start; a cluster may have to grow first
 
 
@@ -149,7 +150,7 @@ def build_trainer(parts: TrainerParts) -> Any:
             if self.options.engine == "vllm":
                 self.engine: Any = VLLMEngine(self, **how)
             else:
-                size = max(64, self.args.per_device_train_batch_size)
+                size = max(TOGETHER, self.args.per_device_train_batch_size)
                 self.engine = TransformersEngine(self.answering, batch_size=size, **how)
 
         @property
@@ -314,14 +315,16 @@ def build_trainer(parts: TrainerParts) -> Any:
             return Scored((each * weight).sum()[None], sums, None)
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            if self._skipping:  # the loss is 0 then, and so should be the step
-                self._rates = [group["lr"] for group in self.optimizer.param_groups]
-                for group in self.optimizer.param_groups:
-                    group["lr"] = 0.0
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            left_out = self._skipping
+            if (
+                left_out
+            ):  # no backward pass, so no engine makes a step, and optimizers leave weights without gradients alone
+                loss = torch.zeros((), device=self.args.device)
+            else:
+                loss = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
-                self._tell({"skipped_steps": float(self._skipping)})
-                if self.settings.target_kl is not None and not self._skipping:
+                self._tell({"skipped_steps": float(left_out)})
+                if self.settings.target_kl is not None and not left_out:
                     moved, tokens = self._sum(self._moved.tolist())
                     self._skipping = moved / max(tokens, 1.0) > self.settings.target_kl
                 self._moved = torch.zeros(2, device=self.args.device, dtype=torch.float64)
@@ -388,7 +391,7 @@ def build_trainer(parts: TrainerParts) -> Any:
 
     def made(**given: Any) -> Any:
         given.pop("model_init_kwargs")
-        return transformers.TrainingArguments(**({"logging_steps": updates} | given))
+        return transformers.TrainingArguments(**({"logging_steps": updates, "save_steps": SAVED * updates} | given))
 
     args = parts.arguments(made)
     if settings.total_episodes is not None:
@@ -414,7 +417,6 @@ def build_trainer(parts: TrainerParts) -> Any:
     )
     trainer.options, trainer.settings, trainer.judge = options, settings, judge
     trainer._skipping, trainer._moved = False, torch.zeros(2, device=args.device, dtype=torch.float64)
-    trainer.add_callback(_rates_again(trainer))
     return trainer
 
 
@@ -461,20 +463,6 @@ def _whole(parameters: list[Any]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-
-
-def _rates_again(trainer: Any) -> Any:
-    """Learning rates that were 0 for a step that was left out are what they were, before the schedule goes on."""
-    from transformers import TrainerCallback
-
-    class Again(TrainerCallback):
-        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-            if trainer._skipping and (rates := getattr(trainer, "_rates", None)):
-                for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-                trainer._rates = None
-
-    return Again()
 
 
 def split_groups(optimizer: Any, parameters: set[int], learning_rate: float) -> None:

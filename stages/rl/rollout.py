@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ def micro_batches(rows: Sequence[Row], rank: int, workers: int, accumulation: in
 
 def _split(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
     ends = [len(rows) * i // parts for i in range(parts + 1)]
-    return [rows[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [rows[a:b] for a, b in itertools.pairwise(ends)]
 
 
 TOKENS = ("old_logps", "old_values", "advantages", "returns")  # columns with a number for each token of the answer

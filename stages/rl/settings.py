@@ -10,8 +10,9 @@ from stages.base import Config
 
 
 class PPOSettings(Config):
-    """Part of `train:`, beside transformers' own arguments. A step is an optimiser step: of a mini-batch of
-    per_device_train_batch_size x gradient_accumulation_steps x workers answers; `num_mini_batches` of them are an iteration's."""
+    """Part of `train:`, beside transformers' own arguments. A step is an optimiser step, of a mini-batch of
+    per_device_train_batch_size x gradient_accumulation_steps x workers answers;
+    an iteration has `num_mini_batches` times as many."""
 
     num_ppo_epochs: int = Field(default=4, ge=1, description="How often an iteration's answers are trained on.")
     num_mini_batches: int = Field(default=1, ge=1, description="Steps that an epoch over them is cut into.")

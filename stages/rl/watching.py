@@ -15,14 +15,14 @@ SAMPLES = "samples.jsonl"
 
 
 class KeptSamples:
-    """Answers of some iterations, in `samples.jsonl`: {"iteration", "step", "prompt", "answer", "reward", "scores", "stopped"}."""
+    """Answers of some iterations, in `samples.jsonl`: {iteration, step, prompt, answer, reward, scores, stopped}."""
 
     def __init__(self, work: Path, every: int, prompts: int) -> None:
         self.file, self.every, self.prompts = work / SAMPLES, every, prompts
 
     def keep(self, iteration: int, step: int, last: bool, rows: list[dict[str, Any]]) -> None:
-        """The first answers of an iteration (counted from 0) that began after `step` optimiser steps, if it is one of those that
-        are kept. What a run that was interrupted had kept of it, or of later ones, is replaced."""
+        """The first answers of an iteration (counted from 0) that began after `step` optimiser steps, if it is one of those
+        that are kept. What a run that was interrupted had kept of it, or of later ones, is replaced."""
         if self.prompts == 0 or not (last or iteration % self.every == 0):
             return
         before = []
@@ -59,10 +59,15 @@ LESS_STOPPED = 0.1
 
 @dataclass
 class LimitGuard:
-    """Compares every iteration with the first one. Its state is kept with checkpoints."""
+    """Compares every iteration with the first one. Its state is kept with checkpoints.
+
+    `kl_coef` and `ends`: what the stage calls the weight of the KL, and what it has against answers that do not end.
+    """
 
     limits: Limits
     first: dict[str, float] = field(default_factory=dict)
+    kl_coef: str = "kl_coef"
+    ends: str = "missing_eos_penalty"
 
     def stop(self, now: dict[str, float]) -> tuple[str, bool] | None:
         """Why the training is to be stopped, and whether what it has made is of use; None while all is well.
@@ -77,7 +82,7 @@ class LimitGuard:
         if limits.kl_per_token is not None and kl is not None and kl > limits.kl_per_token:
             return (
                 f"the policy has run away from its reference: {kl:.2f} nats a token (limits.kl_per_token "
-                f"{limits.kl_per_token:g}); a lower learning_rate or a higher kl_coef holds it",
+                f"{limits.kl_per_token:g}); a lower learning_rate or a higher {self.kl_coef} holds it",
                 False,
             )
         longer = now["answer_tokens"] / max(first["answer_tokens"], 1e-6)
@@ -89,7 +94,7 @@ class LimitGuard:
             return (
                 f"answers are {longer:.1f} times as long as at first ({now['answer_tokens']:.0f} tokens) and "
                 f"{now['stopped']:.0%} of them end, {first['stopped']:.0%} did: the reward is got by length "
-                "(limits.length_ratio); missing_eos_penalty, or a reward model that was trained on the policy's own answers, "
+                f"(limits.length_ratio); {self.ends}, or a reward model that was trained on the policy's own answers, "
                 "holds it",
                 False,
             )
@@ -99,7 +104,7 @@ class LimitGuard:
             return (
                 f"the policy always says the same: {entropy:.2g} nats of entropy a token (limits.entropy {limits.entropy:g}), "
                 f"at a reward of {now['reward']:.3g} after {first['reward']:.3g} at first; entropy_coef, a lower learning_rate "
-                "or a higher kl_coef keeps it open",
+                f"or a higher {self.kl_coef} keeps it open",
                 better,
             )
         return None
