@@ -159,8 +159,8 @@ def _logps_function() -> Any:
                 if squares:
                     more.append((2 * whole).logsumexp(-1) - 2 * norm)
                 elif entropy:
-                    log_p = whole - norm[:, None]
-                    more.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+                    log_p = whole - norm[:, None]  # no `vecdot`: under autocast that is in half precision
+                    more.append(-log_p.exp().mul_(log_p).sum(-1))
             norm, logp, second = (torch.cat(parts) for parts in (norms, logps, more))
             if ctx.needs_input_grad[0]:
                 ctx.logits, ctx.norm, ctx.targets, ctx.size = logits, norm, targets, size
