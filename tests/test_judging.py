@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from stages.errors import StageError
 from stages.rewards import Answered, Scorer
 from stages.rl.engines import TransformersEngine, gathered
-from stages.rl.judging import Judge, JudgeOptions
+from stages.rl.judging import Judge, JudgeOptions, fits
 from stages.sampling import sample
 
 FUNCTIONS = """
@@ -109,6 +109,16 @@ def test_models_are_loaded_whole_in_a_worker_that_trains_under_zero_3(model: str
     judge = Judge(options(model, functions(tmp_path)), "cpu")
     assert is_deepspeed_zero3_enabled() and config.is_zero3()
     assert judge.reference is not None and not hasattr(next(judge.reference.model.parameters()), "ds_id")
+
+
+def test_what_has_room() -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 2.0}]
+    for actors, cpus, gpus, room in (
+        (3, 2, 0, True), (4, 2, 0, False), (1, 5, 0, False), (2, 0, 1, True), (3, 0, 1, False), (6, 0, 1 / 3, True),
+        (7, 0, 1 / 3, False), (2, 2, 1, False), (99, 0, 0, True),
+    ):  # fmt: skip
+        assert fits(nodes, actors, cpus, gpus) == room
+    assert not fits([], 1, 1, 0)
 
 
 # ------------------------------------------------------------------------------------------------ who samples

@@ -87,7 +87,8 @@ class VLLMEngine:
         self.generation = VLLMGeneration(
             policy, accelerator, tokenizer, mode="colocate", gpu_memory_utilization=memory, max_model_length=max_length
         )
-        self.step, self.handed_over = step, None
+        self.step = step
+        self.handed_over: int | None = None
         self.stop_ids = list(stop_ids)
         self.sampling: dict[str, Any] = {
             "max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": 0,
@@ -95,7 +96,7 @@ class VLLMEngine:
         }  # fmt: skip
 
     def sample(self, prompts: Sequence[Sequence[int]], *, seed: int, first: int) -> list[Sample]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # type: ignore[import-not-found]
 
         from stages.sampling import ended
 

@@ -7,6 +7,7 @@ until it needs the result. Both give the same numbers, to rounding, however answ
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from stages.training.head import TrainedHead
 
 RESTARTS = 2  # of an actor that is lost
-POLL = 1.0  # seconds between two looks at actors that are not ready
 
 Result = Callable[[], "list[Judged]"]
 
@@ -225,41 +225,50 @@ class JudgeActors:
     batch_size: int
 
     @classmethod
-    def start(cls, options: JudgeOptions, *, actors: int, cpus: float, gpus: float, timeout_s: float) -> JudgeActors:
+    def start(
+        cls, options: JudgeOptions, *, actors: int, cpus: float, gpus: float, timeout_s: float, grows: bool = True
+    ) -> JudgeActors:
         """Actors whose models are loaded.
 
         Args:
             cpus, gpus: that each of them takes of the cluster. On this machine 0 CPUs: the runner shares out the cores.
             timeout_s: for the cluster to have room, and for models to be loaded.
+            grows: whether nodes may be added to the cluster. Where not, what has no room in it is told at once.
 
         Raises:
-            StageError: no node has room for them in that time, or what an actor says that cannot load its models.
+            StageError: there is no room for them, or what an actor says that cannot load its models.
         """
         import ray
 
+        if not grows and not fits([node["Resources"] for node in ray.nodes() if node["Alive"]], actors, cpus, gpus):
+            raise StageError(f"{actors} processes that judge answers have no room: {_asked(cpus, gpus)}")
         remote = ray.remote(_JudgeActor).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
         )
         made = cls([remote.remote(options, cpus, gpus) for _ in range(actors)], options.batch_size)
         try:
-            made._wait(cpus, gpus, timeout_s)
+            made._wait(timeout_s, _asked(cpus, gpus))
         except BaseException:
             made.close()
             raise
         return made
 
-    def _wait(self, cpus: float, gpus: float, timeout_s: float) -> None:
+    def _wait(self, timeout_s: float, asked: str) -> None:
+        """Until all are ready; what one of them says is told as soon as it says it."""
         import ray
 
         waiting = [actor.ready.remote() for actor in self.actors]
         end = time.monotonic() + timeout_s
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=min(POLL, max(0.0, end - time.monotonic())))
+            done, waiting = ray.wait(waiting, timeout=max(0.0, end - time.monotonic()))
             for failed in _got(done):
                 if failed:
                     raise StageError(failed)
             if waiting and time.monotonic() >= end:
-                raise StageError(_no_room(len(self.actors), len(waiting), cpus, gpus, timeout_s))
+                raise StageError(
+                    f"{len(waiting)} of {len(self.actors)} processes that judge answers are not ready after "
+                    f"{timeout_s:g} s: {asked}"
+                )
 
     def submit(self, answers: Sequence[Answered]) -> Result:
         """Sends the answers off, `batch_size` to an actor at a time, and gives a function that waits for the result, in order.
@@ -296,20 +305,32 @@ def _got(sent: list[Any]) -> list[Any]:
 
     try:
         return list(ray.get(sent))
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayActorError as error:
         raise StageError(
             f"a process that judges answers was lost {RESTARTS + 1} times: out of memory? Try fewer answers at a time, or "
             f"more memory\n  Ray says: {str(error).splitlines()[0]}"
         ) from error
+    except ray.exceptions.RayError as error:
+        raise StageError(f"judging answers: Ray says: {str(error).splitlines()[-1]}") from error
 
 
-def _no_room(actors: int, waiting: int, cpus: float, gpus: float, timeout_s: float) -> str:
-    """Why actors are not ready: what they ask for, and what there is."""
+def fits(nodes: Sequence[dict[str, float]], actors: int, cpus: float, gpus: float) -> bool:
+    """Whether nodes that have these resources, if nothing else ran on them, have room for the actors."""
+
+    def most(node: dict[str, float]) -> float:
+        each = [node.get(name, 0.0) / wanted for name, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted]
+        return math.floor(min(each) + 1e-6) if each else math.inf  # shares of a GPU add up to rounding
+
+    return sum(map(most, nodes)) >= actors
+
+
+def _asked(cpus: float, gpus: float) -> str:
+    """What each actor asks for, and what there is."""
     import ray
 
     there, free = ray.cluster_resources(), ray.available_resources()
     has = " and ".join(f"{there.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in ("CPU", "GPU"))
     return (
-        f"{waiting} of {actors} processes that judge answers are not ready after {timeout_s:g} s: each asks for {cpus:g} CPUs "
-        f"and {gpus:g} GPUs, the cluster has {has}; ask for fewer or smaller ones, or use `placement: colocated`"
+        f"each asks for {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {has}; ask for fewer or smaller ones, or use "
+        "`placement: colocated`"
     )
