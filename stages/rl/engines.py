@@ -66,6 +66,8 @@ class VLLMEngine:
         policy: the policy's module, not wrapped by DeepSpeed or DDP; its `name_or_path` names a folder vLLM can load.
         step: how often the weights were changed, the same on all workers; they are handed over where it is another number
             than last time.
+        stop_ids: all that ends an answer; the model's own stop token does so only where it is among them.
+        max_length: most tokens of a prompt with its answer; None: the model's positions.
         memory: share of the GPU's memory for vLLM: weights and cache. The rest is for training.
     """
 
@@ -79,7 +81,7 @@ class VLLMEngine:
         max_new_tokens: int,
         temperature: float,
         stop_ids: Sequence[int],
-        max_length: int | None,
+        max_length: int | None = None,
         memory: float = 0.3,
     ) -> None:
         from trl.generation.vllm_generation import VLLMGeneration
@@ -92,7 +94,7 @@ class VLLMEngine:
         self.stop_ids = list(stop_ids)
         self.sampling: dict[str, Any] = {
             "max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": 0,
-            "stop_token_ids": self.stop_ids, "detokenize": False,
+            "stop_token_ids": self.stop_ids, "ignore_eos": True, "detokenize": False,
         }  # fmt: skip
 
     def sample(self, prompts: Sequence[Sequence[int]], *, seed: int, first: int) -> list[Sample]:
