@@ -64,8 +64,9 @@ def test_the_spec_of_a_ppo_stage_is_taken_with_its_kind_changed(kind: str) -> No
 @pytest.mark.parametrize(
     ("kind", "train", "says"),
     [
-        ("grpo", {"kl_coef": 0.1, "cliprange": 0.1}, "train: kl_coef is PPO's, here it is beta; cliprange is PPO's, here it is epsilon"),
-        ("rloo", {"num_ppo_epochs": 2}, "train: num_ppo_epochs is PPO's, here it is num_iterations"),
+        ("grpo", {"kl_coef": 0.1}, "unknown key; write beta"),
+        ("rloo", {"num_ppo_epochs": 2}, "unknown key; write num_iterations"),
+        ("grpo", {"response_length": 2}, "unknown key; write `max_new_tokens: 53` beside `train`"),
         ("grpo", {"max_completion_length": 64}, "write it beside `train`: `max_new_tokens: 256`"),
         ("rloo", {"temperature": 0.5}, "write it beside `train`: `temperature: 1.0`"),
         ("grpo", {"use_vllm": True}, "write it beside `train`: `engine: vllm`"),

@@ -24,6 +24,7 @@ from stages.base import StageContext, StageResult
 from stages.errors import StageError
 from stages.generate import choose_engine
 from stages.rewards import Scorer, Scoring
+from stages.rl import words
 from stages.rl.iterations import Iterations
 from stages.rl.loop import Iterating
 from stages.rl.stage import Beside, Kept, RLStage
@@ -36,13 +37,32 @@ from stages.training.job import Build, TrainerParts, TrainJob
 from stages.training.meter import Meter
 from stages.training.stage import run_training
 
-# Where `train` has another word for what PPO is told.
+# What PPO is told, and what to write here.
+VALUE = "kind: ppo has a value model; here answers are compared with each other"
 NOT_PPO = {
-    "num_ppo_epochs": "num_iterations",
-    "num_mini_batches": "steps_per_generation: so many micro-batches on each worker are answered together",
-    "total_episodes": "num_train_epochs or max_steps",
-    "cliprange": "epsilon",
-    "kl_coef": "beta",
+    "kl_coef": "write beta",
+    "cliprange": "write epsilon",
+    "num_ppo_epochs": "write num_iterations",
+    "num_mini_batches": "write steps_per_generation: micro-batches of a worker that are answered together",
+    "total_episodes": "write max_steps or num_train_epochs",
+    "missing_eos_penalty": "write mask_truncated_completions, or a function in `rewards` that says what an end is worth",
+    "kl_target": "beta is constant",
+    "target_kl": "write num_iterations: 1, and the policy that is trained is the one that answered",
+    "placement": "reward models are in the workers that train",
+    "judge_processes": "reward models are in the workers that train",
+    **dict.fromkeys(
+        (
+            "value_model",
+            "value_learning_rate",
+            "vf_coef",
+            "cliprange_value",
+            "gamma",
+            "lam",
+            "whiten_advantages",
+            "whiten_rewards",
+        ),
+        VALUE,
+    ),
 }
 # Set by the stage; the values are where.
 DECIDED = {
@@ -67,15 +87,7 @@ class GroupStage(RLStage):
     train: TrainConfig
     limits: Limits = Limits()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _words_of_ppo(cls, raw: Any) -> Any:
-        train = raw.get("train") if isinstance(raw, dict) else None
-        fields = cls.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
-        said = [name for name in train if name in NOT_PPO and name not in fields] if isinstance(train, dict) else []
-        if said:
-            raise ValueError("train: " + "; ".join(f"{name} is PPO's, here it is {NOT_PPO[name]}" for name in said))
-        return raw
+    instead: ClassVar[Mapping[str, str]] = words.COMMON | NOT_PPO
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GroupStage:
@@ -240,7 +252,6 @@ class Grouped(Iterating):
     num_iterations: int
     eos_token_ids: list[int]
     _metrics: dict[str, dict[str, list[float]]]
-    _step: int
 
     scoring: Scoring
     scores: list[list[float]]  # of this worker's answers that are being judged: of each the score of every term
@@ -285,14 +296,14 @@ class Grouped(Iterating):
     def join(self, job: TrainJob, loader: Any) -> None:
         super().join(job, loader)  # type: ignore[misc]
         kept, limits = self.answers.samples, self.answers.limits
-        self.kept, self.limit_guard = KeptSamples(job.work, kept.every, kept.prompts), LimitGuard(limits)
+        self.kept = KeptSamples(job.work, kept.every, kept.prompts)
+        self.limit_guard = LimitGuard(
+            limits, kl_coef="beta", ends="a function in `rewards` that says what an end is worth"
+        )
         self._latest: dict[str, float] = {}  # entropy and KL of the last micro-batch
         self._enough = ""  # why training ends early
-
-    def begin(self) -> None:
-        super().begin()  # type: ignore[misc]
-        # TRL counts micro-batches to know when to sample.
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        # TRL samples where its count of micro-batches, `_step`, is a multiple of an iteration's. It begins at 0, and so does
+        # whatever goes on from a checkpoint, which is made between iterations.
 
     @property
     def _rollouts(self) -> dict[str, Any]:
