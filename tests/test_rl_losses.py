@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -291,3 +293,82 @@ def test_policy_and_value_say_of_a_batch_what_they_say_of_each_row_alone(
     assert torch.allclose(plain.logps, got.logps, atol=1e-6) and torch.equal(reference.logps, plain.logps)
     assert plain.entropy.shape == reference.entropy.shape == reference.values.shape == (0,)
     assert torch.allclose(plain.values, got.values, atol=1e-6)
+
+
+def test_a_value_is_its_models_score_less_what_it_is_shifted_by(models: tuple[Any, Any]) -> None:
+    batch = rollout_collator(answer_collator(0, ("completion_ids",), layout="padded", token_share=True))(rows())
+    given = ({"input_ids": batch["input_ids"]}, batch["answer_at"], batch["answer_ids"])
+    with torch.no_grad():
+        plain, shifted = (Acted(*ActorCritic(*models, 1.0, shift)(*given)) for shift in (0.0, 2.5))
+    assert torch.allclose(shifted.values, plain.values - 2.5) and torch.equal(shifted.logps, plain.logps)
+
+
+def test_the_policy_that_is_trained_is_the_one_that_answered_whatever_drops_out() -> None:
+    """In layers, in attention and in an adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    small = {"vocab_size": 60, "pad_token_id": 0, "num_labels": 1}
+    half = {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **(SMALL | {"attention_dropout": 0.5, "attn_implementation": "sdpa"}))
+    )
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    value = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", **small, **half))
+    module = ActorCritic(get_peft_model(policy, adapter), value, 1.0)
+    batch = rollout_collator(answer_collator(0, ("completion_ids",), layout="padded", token_share=True))(rows())
+    given = ({"input_ids": batch["input_ids"]}, batch["answer_at"], batch["answer_ids"])
+    with torch.no_grad():
+        answered, trained = (Acted(*module.train(mode)(*given)) for mode in (False, True))
+    assert torch.equal(answered.logps, trained.logps) and torch.equal(answered.values, trained.values)
+
+
+# ------------------------------------------------------------------------------------------------ how they are loaded
+
+
+def test_a_value_model_begins_by_foreseeing_the_reward_that_its_own_scores_give() -> None:
+    from stages.base import Artifact
+    from stages.rewards import Scorer
+    from stages.rl.ppo import value_scale
+
+    terms = [Scorer("exact", 2.0, function="m:exact"), Scorer("reward", -0.5, model="folder", mean=3.0, std=4.0)]
+    a, b = value_scale(Artifact("reward", "reward model", "folder"), terms)
+    for score in (-1.0, 0.0, 7.0):
+        assert a * score - b == pytest.approx(-0.5 * (score - 3.0) / 4.0)
+    assert value_scale(Artifact("base", "model", "another"), terms) == (1.0, 0.0)
+
+
+def test_a_policy_whose_value_model_attends_in_another_way_can_be_called_with_padded_batches(
+    models: tuple[Any, Any],
+) -> None:
+    policy, value = models
+    wanted = each_alone(policy, value, 1.0)
+    assert documents.use(policy)
+    documents.leave(policy)
+    batch = rollout_collator(answer_collator(0, ("completion_ids",), layout="padded", token_share=True))(rows())
+    with torch.no_grad():
+        got = Acted(
+            *ActorCritic(policy, value, 1.0)({"input_ids": batch["input_ids"]}, batch["answer_at"], batch["answer_ids"])
+        )
+    assert torch.allclose(got.logps, wanted[0], atol=1e-5) and torch.allclose(got.values, wanted[2], atol=1e-5)
+
+
+def test_what_is_trained_beside_a_frozen_model_in_half_precision_is_in_float32(
+    models: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """An update smaller than 1/256 of a weight would be lost: of a score head too, which peft leaves in half precision."""
+    from peft import LoraConfig
+    from transformers import AutoModelForSequenceClassification
+
+    from stages.rl.ppo import _loaded
+
+    models[1].save_pretrained(tmp_path)
+    kernels = SimpleNamespace(load_options=lambda: {"dtype": "bfloat16"})
+    parts: Any = SimpleNamespace(kernels=kernels, quantization=dict, job=SimpleNamespace(quantization=None))
+    adapter = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=["score"])
+    args = SimpleNamespace(gradient_checkpointing=False)
+    value = _loaded(parts, AutoModelForSequenceClassification, str(tmp_path), adapter, args, num_labels=1)
+    kinds = {name: p.dtype for name, p in value.named_parameters() if p.requires_grad}
+    assert any(".score." in name for name in kinds) and set(kinds.values()) == {torch.float32}
+    assert {p.dtype for p in value.parameters() if not p.requires_grad} == {torch.bfloat16}

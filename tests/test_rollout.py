@@ -354,7 +354,7 @@ def test_a_step_has_the_same_answers_however_it_is_shared(workers: int, accumula
 
 
 def test_what_is_left_out_of_an_iteration_are_placeholders_that_weigh_nothing() -> None:
-    """From the moment it is said, to the end of the iteration; the next one begins anew."""
+    """From the step after it is said, to the end of the iteration; the next one begins anew."""
     its, leaving = iterations(8, 4, 6, epochs=1, accumulation=2), [False]
     collect = Collected()
 
@@ -364,9 +364,23 @@ def test_what_is_left_out_of_an_iteration_are_placeholders_that_weigh_nothing() 
 
     left_out = []
     for batch in itertools.islice(iter(loader(its, fresh, skipped=lambda: leaving[0])), 24):
-        if batch["rows"] == 0:
-            assert batch["loss_share"] == (0.0,) and not batch["real"].any()
+        if batch["left_out"]:
+            assert batch["rows"] == 0 and batch["loss_share"] == (0.0,) and not batch["real"].any()
             left_out.append(its.step)
-        if its.step == 4:  # said in the fourth step, of its second micro-batch too
-            leaving[0] = True
-    assert sorted(set(left_out)) == [4, 5, 6] and its.step == 12
+        leaving[0] |= its.step == 4
+    assert left_out == [5, 5, 6, 6] and its.step == 12
+
+
+def test_a_mini_batch_without_answers_is_left_out_by_every_worker() -> None:
+    """One prompt for two mini-batches and two workers: one of the workers has nothing to do in either."""
+    found = []
+    for rank in range(2):
+        batches = loader(iterations(1, 4, 6, epochs=1, workers=2), Collected(), rank)
+        found.append([(batch["left_out"], batch["rows"]) for batch in itertools.islice(iter(batches), 6)])
+    assert found == [[(False, 1), (True, 0)] * 3, [(False, 0), (True, 0)] * 3]
+
+
+def test_a_target_of_the_kl_wants_a_coefficient_to_adapt() -> None:
+    with pytest.raises(ValueError, match="from 0 it never moves"):
+        PPOSettings(kl_coef=0.0, kl_target=6.0)
+    assert PPOSettings(kl_coef=0.0).kl_coef == 0

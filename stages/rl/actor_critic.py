@@ -23,15 +23,20 @@ class ActorCritic(torch.nn.Module):
     """Called with a batch of `answer_collator` (stages/training/answers.py): `inputs` of the models, `at` (answer_at) and
     `targets` (answer_ids).
 
+    Neither model drops anything out: the policy that is trained would not be the one that answered, and the ratio of the two
+    not 1 before the first step (Huang et al. 2024, "The N+ implementation details of RLHF with PPO").
+
     Args:
         policy: a causal language model, with its adapter if it has one.
         value: a model with a score head for one label.
         temperature: the policy's probabilities are of logits / temperature, as its answers are drawn.
+        value_shift: what is taken off every score to make it a value.
     """
 
-    def __init__(self, policy: Any, value: Any, temperature: float) -> None:
+    def __init__(self, policy: Any, value: Any, temperature: float, value_shift: float = 0.0) -> None:
         super().__init__()
-        self.policy, self.value, self.temperature = policy, value, temperature
+        self.policy, self.value, self.temperature, self.value_shift = policy, value, temperature, value_shift
+        without_dropout(self)
         self.config = policy.config  # what trainers and DeepSpeed ask a model for
         if hasattr(policy, "peft_config"):
             self.peft_config = policy.peft_config
@@ -48,7 +53,7 @@ class ActorCritic(torch.nn.Module):
         if not value:
             return logps, entropies, logps.new_empty(0)
         scores, _ = self._scores.scores(self.value, inputs)
-        return logps, entropies, scores[at]
+        return logps, entropies, scores[at] - self.value_shift
 
     # -- what trainers ask of a model
 
@@ -61,3 +66,13 @@ class ActorCritic(torch.nn.Module):
 
     def get_output_embeddings(self) -> Any:
         return self.policy.get_output_embeddings()
+
+
+def without_dropout(module: torch.nn.Module) -> None:
+    """Dropout of any kind is off: torch's layers, those of adapters, and the rates that attention is called with."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        for name, value in list(vars(part).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(part, name, 0.0)

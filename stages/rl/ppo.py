@@ -35,10 +35,12 @@ from stages.rl.stage import TOGETHER, Kept
 from stages.rl.watching import KeptSamples, LimitGuard, Limits
 from stages.training import documents
 from stages.training.answers import answer_collator
+from stages.training.architecture import positions
 from stages.training.drift import evaluating, share, stop_tokens
 from stages.training.fed import Fed, Scored, add_metrics
 from stages.training.feed import Feed, Row, Shares
 from stages.training.job import TrainerParts, TrainJob
+from stages.training.kernels import model_dtype
 
 SAVED = 10  # iterations from one checkpoint to the next, where the user does not say
 ACTORS_TIMEOUT = 600.0  # seconds for processes that judge to start; a cluster may have to grow first
@@ -51,7 +53,7 @@ class PPOOptions:
     settings: PPOSettings
     scorers: list[Scorer]
     value: str  # model folder
-    value_scale: float  # what its scores are multiplied by
+    value_scale: tuple[float, float]  # what its scores are multiplied by, and what is taken off then
     max_new_tokens: int
     temperature: float
     engine: str
@@ -72,10 +74,11 @@ class PPOOptions:
         )
 
 
-def value_scale(begins_as: Artifact, scorers: Sequence[Scorer]) -> float:
-    """Of a reward model that is one of the terms: its scores are normalised and weighted in the reward that is foreseen."""
+def value_scale(begins_as: Artifact, scorers: Sequence[Scorer]) -> tuple[float, float]:
+    """(a, b) of a value a score - b. A reward model that is one of the terms begins by foreseeing what it gives: its score less
+    the mean, in standard deviations, times its weight."""
     of = next((s for s in scorers if s.model == begins_as.model), None)
-    return 1.0 if of is None else of.weight / of.std
+    return (1.0, 0.0) if of is None else (of.weight / of.std, of.weight * of.mean / of.std)
 
 
 @contextmanager
@@ -141,17 +144,20 @@ def build_trainer(parts: TrainerParts) -> Any:
             self.kept = KeptSamples(job.work, self.options.samples.every, self.options.samples.prompts)
             self.stops = stop_tokens(self.policy, self.processing_class, job.stop_ids)
             self._skipping, self._enough = False, ""
-            how = {
+            how: dict[str, Any] = {
                 "max_new_tokens": self.options.max_new_tokens,
                 "temperature": self.options.temperature,
-                "pad_id": self.processing_class.pad_token_id,
                 "stop_ids": self.stops,
             }
             if self.options.engine == "vllm":
-                self.engine: Any = VLLMEngine(self, **how)
+                self.engine: Any = VLLMEngine(
+                    self.policy, self.accelerator, self.processing_class, lambda: self.state.global_step,
+                    max_length=positions(job.model), **how,
+                )  # fmt: skip
             else:
                 size = max(TOGETHER, self.args.per_device_train_batch_size)
-                self.engine = TransformersEngine(self.answering, batch_size=size, **how)
+                pad_id = self.processing_class.pad_token_id
+                self.engine = TransformersEngine(self.answering, batch_size=size, pad_id=pad_id, **how)
 
         @property
         def _rollouts(self) -> dict[str, Any]:
@@ -315,10 +321,10 @@ def build_trainer(parts: TrainerParts) -> Any:
             return Scored((each * weight).sum()[None], sums, None)
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            left_out = self._skipping
-            if (
-                left_out
-            ):  # no backward pass, so no engine makes a step, and optimizers leave weights without gradients alone
+            left_out = inputs["left_out"]
+            # Without a backward pass no engine makes a step, and optimizers leave weights without gradients alone. (Only a
+            # scaler of gradients, for fp16, will have some: those of placeholders are 0.)
+            if left_out and self.accelerator.scaler is None:
                 loss = torch.zeros((), device=self.args.device)
             else:
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -385,7 +391,9 @@ def build_trainer(parts: TrainerParts) -> Any:
 
     job, options = parts.job, parts.job.options["ppo"]
     # What is not trained is loaded before the arguments are made: under ZeRO-3 they have all that is loaded after partitioned.
-    judge = options.judges or Judge(options.judging(job, parts.kernels.load_options()))
+    # The reference is frozen, and there is no autocast around it: it is loaded as it computes.
+    frozen = {"dtype": model_dtype(parts.kernels.precision, frozen=True)}
+    judge = options.judges or Judge(options.judging(job, parts.kernels.load_options() | frozen))
     settings = options.settings
     updates = settings.num_ppo_epochs * settings.num_mini_batches
 
@@ -402,13 +410,14 @@ def build_trainer(parts: TrainerParts) -> Any:
     value = _value_model(parts, options, args)
     layout = parts.layout(policy)
     if layout == "shared" and not documents.use(value):
+        documents.leave(policy)
         layout = "padded"
     answers = answer_collator(
         parts.tokenizer.pad_token_id, ("completion_ids",), layout=layout, token_share=True,
         pad_to_multiple_of=parts.multiple(),
     )  # fmt: skip
     trainer = PPOTrainer(
-        model=ActorCritic(policy, value, options.temperature),
+        model=ActorCritic(policy, value, options.temperature, options.value_scale[1]),
         args=args,
         data_collator=rollout_collator(answers),
         train_dataset=parts.dataset,
@@ -432,7 +441,11 @@ def _loaded(parts: TrainerParts, family: Any, model: str, peft_config: Any, args
         loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
     if args.gradient_checkpointing:
         loaded.enable_input_require_grads()
-    return get_peft_model(loaded, peft_config)
+    made = get_peft_model(loaded, peft_config)
+    for parameter in made.parameters():  # peft leaves whole layers that are trained, as a score head, in half precision
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+    return made
 
 
 def _value_model(parts: TrainerParts, options: PPOOptions, args: Any) -> Any:
@@ -445,14 +458,14 @@ def _value_model(parts: TrainerParts, options: PPOOptions, args: Any) -> Any:
 
         saved = [*(lora.get("modules_to_save") or []), "score"]
         peft_config = LoraConfig(task_type="SEQ_CLS", **lora | {"modules_to_save": saved})
-    value = _loaded(
-        parts, transformers.AutoModelForSequenceClassification, options.value, peft_config, args, num_labels=1
-    )
+    # Of the policy's own model the one that has rows for added tokens.
+    model = parts.job.model if options.value == parts.job.given_model else options.value
+    value = _loaded(parts, transformers.AutoModelForSequenceClassification, model, peft_config, args, num_labels=1)
     value.config.pad_token_id = parts.tokenizer.pad_token_id
     heads = [p for name, p in value.named_parameters() if ".score." in f".{name}"]
     with _whole(heads), torch.no_grad():
         for head in heads:
-            head.mul_(options.value_scale)
+            head.mul_(options.value_scale[0])
     return value
 
 

@@ -182,11 +182,13 @@ class Rollouts:
                     yield from self._batches([rollout.rows[i] for i in chosen])
 
     def _batches(self, rows: list[Row]) -> Iterator[Batch]:
-        shares = self.feed.shares
-        for part in micro_batches(rows, self.rank, self.feed.workers, shares.accumulation):
-            taken = [] if self.skipped() else part
+        """Of a step. `left_out`: it holds nothing on any worker, so there is nothing to be done for it; what has fewer answers
+        than mini-batches has such steps too."""
+        left_out = self.skipped() or not rows
+        for part in micro_batches(rows, self.rank, self.feed.workers, self.feed.shares.accumulation):
+            taken = [] if left_out else part
             batch = self.collate(taken or [self.placeholder])
-            batch["rows"] = len(taken)
+            batch |= {"rows": len(taken), "left_out": left_out}
             if self.meter is not None:
                 self.meter.batch(batch)
             yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Config
 
@@ -45,6 +45,12 @@ class PPOSettings(Config):
     value_learning_rate: float | None = Field(
         default=None, gt=0, description="Of the value model; learning_rate if absent."
     )
+
+    @model_validator(mode="after")
+    def _something_is_adapted(self) -> PPOSettings:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target: kl_coef is what is adapted to it, and from 0 it never moves; give it a value")
+        return self
 
 
 NAMES = tuple(PPOSettings.model_fields)

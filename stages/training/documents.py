@@ -120,6 +120,12 @@ def use(model: Any) -> bool:
     return base.config._attn_implementation == NAME
 
 
+def leave(model: Any) -> None:
+    """Switch a model back to sdpa, for good."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base.set_attn_implementation("sdpa")
+
+
 def _plain(model: Any) -> bool:
     """Whether every layer's attention is of the common kind: causal, through transformers' interface, with what else the
     layer was given (`position_ids` among it) passed on."""
