@@ -96,6 +96,7 @@ def judged_elsewhere(job: TrainJob, processes: int, ctx: StageContext) -> Iterat
         cpus=0 if ctx.local else resources.cpus_per_worker,
         gpus=resources.gpus_per_worker,
         timeout_s=ACTORS_TIMEOUT,
+        grows=not ctx.local,
     )
     try:
         yield replace(job, options={"ppo": replace(job.options["ppo"], judges=judges)})
