@@ -147,7 +147,7 @@ def check(scorers: Sequence[Scorer], policy: Artifact, chat_template: str | None
             other = load_tokenizer(scorer.model)
         except DataError as error:
             raise StageError(f"rewards: {error}") from error
-        if what := _difference(tokenizer, other):
+        if what := difference(tokenizer, other):
             raise StageError(
                 f"rewards: {scorer.name} has another {what} than {policy.name}, whose answers it is to score; train it "
                 f"from {policy.name}, or from what {policy.name} was trained from"
@@ -165,7 +165,7 @@ def _check_scores(scorer: Scorer) -> None:
         raise StageError(f"rewards: {scorer.name} gives {config.num_labels} scores, a reward model gives one")
 
 
-def _difference(policy: Any, reward: Any) -> str | None:
+def difference(policy: Any, reward: Any) -> str | None:
     """What two tokenizers differ in: the same text would be other tokens to the reward model than it was trained on."""
     ours, theirs = tokenizer_spec(policy), tokenizer_spec(reward)
     # Through the same reader: how it last padded is saved with a tokenizer.

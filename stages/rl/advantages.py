@@ -108,4 +108,4 @@ class KLCoefficient:
         """After an iteration whose answers had a KL of `kl` nats in the mean."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * episodes / self.horizon
+            self.value *= 1 + error * min(episodes / self.horizon, 1.0)  # never below 0

@@ -346,6 +346,10 @@ def build_trainer(parts: TrainerParts) -> Any:
         def create_optimizer(self, model: Any = None) -> Any:
             optimizer = super().create_optimizer(model)
             if self.settings.value_learning_rate is not None:
+                if not hasattr(optimizer, "add_param_group"):
+                    raise StageError(
+                        "value_learning_rate: the DeepSpeed file's own optimizer has one rate for all; leave one out"
+                    )
                 of_value = {id(p) for p in self.accelerator.unwrap_model(self.model).value.parameters()}
                 split_groups(optimizer, of_value, self.settings.value_learning_rate)
             return optimizer
@@ -442,11 +446,7 @@ def _loaded(parts: TrainerParts, family: Any, model: str, peft_config: Any, args
         loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
     if args.gradient_checkpointing:
         loaded.enable_input_require_grads()
-    made = get_peft_model(loaded, peft_config)
-    for parameter in made.parameters():  # peft leaves whole layers that are trained, as a score head, in half precision
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
-    return made
+    return get_peft_model(loaded, peft_config)
 
 
 def _value_model(parts: TrainerParts, options: PPOOptions, args: Any) -> Any:

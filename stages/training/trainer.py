@@ -14,7 +14,7 @@ from stages.training.export import save_model
 from stages.training.feed import Feed, Position, total_steps
 from stages.training.job import PLACEHOLDERS, Build, TrainerParts, TrainJob
 from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
-from stages.training.tuning import settle_quantized
+from stages.training.tuning import settle_quantized, train_in_float32
 from stages.training.watch import begin_callback, report_callback
 
 
@@ -107,6 +107,8 @@ def _build(build: Build, job: TrainJob, on_cpu: bool) -> Any:
     trainer = build(parts)
     if job.quantization is not None:
         settle_quantized(trainer.model)
+    if job.lora is not None:
+        train_in_float32(trainer.model)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(report_callback(job.work))
     trainer.add_callback(begin_callback(trainer))

@@ -264,19 +264,28 @@ def quantization_config(options: Mapping[str, Any], on_cpu: bool) -> dict[str, A
 
 
 def settle_quantized(model: Any) -> None:
-    """Make a model in 4 bits compute the same in training and evaluation, and train its adapter in float32.
+    """Make a model in 4 bits compute the same in training and evaluation.
 
     In evaluation mode bitsandbytes 0.50 repacks weights on CPUs with AVX512-BF16 for a kernel that computes in bfloat16,
     whatever the compute dtype, and that has no backward pass (Linear4bit.forward, bitsandbytes/nn/modules.py): off, until
-    it asks for the compute dtype. TRL casts adapters to bfloat16 (peft#2889), where an update under 1/256 of a weight is
-    lost: undone, as autocast and DeepSpeed do their own casting.
+    it asks for the compute dtype.
     """
-    import torch
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def train_in_float32(model: Any) -> None:
+    """What is trained beside frozen weights is held in float32; autocast and DeepSpeed do their own casting.
+
+    TRL casts the adapters of quantised models to bfloat16 (peft#2889), and peft leaves whole layers that are trained, as a
+    score head, in the base's half precision: an update under 1/256 of a weight would be lost. What ZeRO-3 has partitioned
+    already is DeepSpeed's matter.
+    """
+    import torch
+
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(torch.float32)
