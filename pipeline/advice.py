@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from stages.training.deepspeed import deepspeed_config, offload, zero_stage
-from stages.training.dry_run import Shape
+from stages.training.dry_answers import Sampling
+from stages.training.dry_run import Shape, dry_run
 from stages.training.kernels import model_dtype, precision_for
-from stages.training.memory import Memory, predict
+from stages.training.memory import Beside, Memory, frozen_bytes, predict, weight_bytes
 
 GIB = 1 << 30
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 180)  # GiB of GPUs that can be rented
@@ -39,6 +40,14 @@ class Training:
     double_quant: bool = True
     optim: str = "adamw_torch_fused"
     deepspeed: str | None = None  # JSON of its configuration
+    # of reinforcement learning
+    answer: int = 0  # tokens of an answer at most, part of `length`
+    sampled: int = 0  # answers that a worker samples together; 0: none
+    whole_logits: bool = True  # of the answers' tokens; else they are computed in small parts
+    value: str | None = None  # config.json of the value model that is trained in the same steps
+    rewards: tuple[str, ...] = ()  # config.json of each reward model in the worker
+    reference: str = ""  # a frozen copy where there is no adapter: whole, or shared out as the policy is
+    generation: int | None = None  # steps_per_generation, where it is given
 
     @property
     def zero(self) -> dict[str, Any] | None:
@@ -53,6 +62,7 @@ class Training:
             head="score" if self.kind == "reward" else "trained",
             rows=self.batch * (2 if self.kind in PAIRS else 1),
             length=self.length,
+            scored=None if not self.sampled else self.answer if self.whole_logits else 1,
             half=dtype != "float32" or (half and self.deepspeed is not None),
             autocast=half and self.deepspeed is None,
             checkpointing=self.checkpointing,
@@ -61,6 +71,27 @@ class Training:
             gpu=self.gpu,
         )
 
+    def value_shape(self) -> Shape | None:
+        """Of the value model's dry run: with the policy's micro-batch, precision and adapter."""
+        if self.value is None:
+            return None
+        lora = json.loads(self.lora) if self.lora is not None else None
+        if lora is not None:
+            lora["modules_to_save"] = [*(lora.get("modules_to_save") or []), "score"]
+        return replace(
+            self.shape(), config=self.value, head="score", scored=None, lora=json.dumps(lora) if lora else None
+        )
+
+    def beside(self) -> Beside:
+        shape = self.shape()
+        frozen, shared = sum(frozen_bytes(config, reward=True) for config in self.rewards), 0
+        if self.reference == "whole" and self.lora is None:
+            frozen += frozen_bytes(self.config, dtype=model_dtype({"bf16": self.bf16, "fp16": self.fp16}, frozen=True))
+        elif self.reference == "shared" and self.lora is None:
+            shared = weight_bytes(dry_run(shape).anatomy, half=shape.half, four_bits=False)
+        sampling = Sampling(self.sampled, self.length - self.answer, self.answer) if self.sampled else None
+        return Beside(self.value_shape(), frozen, shared, sampling)
+
     def memory(self) -> Memory:
         """
         Raises:
@@ -68,6 +99,7 @@ class Training:
         """
         return predict(
             self.shape(),
+            beside=self.beside(),
             workers=self.workers,
             accumulation=self.accumulation,
             optim=self.optim,
@@ -159,7 +191,9 @@ def _halves(batch: int) -> Iterator[int]:
 
 
 def _smaller(now: Training, batch: int) -> Training:
-    return replace(now, batch=batch, accumulation=now.accumulation * now.batch // batch)
+    times = now.batch // batch
+    generation = None if now.generation is None else now.generation * times
+    return replace(now, batch=batch, accumulation=now.accumulation * times, generation=generation)
 
 
 def changes(before: Training, after: Training) -> dict[str, Any]:
@@ -172,6 +206,8 @@ def changes(before: Training, after: Training) -> dict[str, Any]:
         train["per_device_train_batch_size"] = after.batch
     if before.accumulation != after.accumulation:
         train["gradient_accumulation_steps"] = after.accumulation
+    if before.generation != after.generation:
+        train["steps_per_generation"] = after.generation
     if train:
         out["train"] = train
     if before.deepspeed != after.deepspeed:

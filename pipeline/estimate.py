@@ -17,18 +17,17 @@ import pyarrow.parquet as pq
 from pipeline.advice import GIB, Training, advise, precision
 from pipeline.artifacts import read_json
 from pipeline.plan import Plan, PlannedStage, lacking, machine_resources, with_made_data
-from pipeline.training_checks import gpus, model_config, with_defaults
+from pipeline.training_checks import gpus, with_defaults
 from stages import Generate, Init
 from stages.data.prepare import Prepared, find_prepared
 from stages.data.source import DataSource, count_rows, resolve_formats
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import DataError
-from stages.training.architecture import fetch_config
-from stages.training.arguments import library_defaults
+from stages.rl.stage import RLStage
+from stages.training.architecture import fetch_config, read_config
 from stages.training.deepspeed import deepspeed_config
 from stages.training.dry_run import Unpredictable, dry_run
-from stages.training.feed import Shares
-from stages.training.memory import Memory, optimizer_bytes
+from stages.training.memory import Memory, both, optimizer_bytes
 from stages.training.stage import TrainStage
 from stages.training.tuning import adapter_options
 
@@ -60,7 +59,7 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
     memory: Memory | None = None
     disk: int | None = None
     why, advice = [planned.why], []
-    lacks = lacking(resources, available)
+    lacks = lacking(planned, available)
     if isinstance(stage, TrainStage):
         try:
             training = training_of(plan, planned, amount)
@@ -77,6 +76,10 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
                         {"change": a.change, "memory_per_worker_bytes": a.memory, "text": a.text}
                         for a in advise(training, room)
                     ]
+    if isinstance(stage, RLStage) and planned.state != "cached":
+        why.append(iterations(stage, amount, resources.workers))
+        if judges := stage.beside(resources.workers, planned.inputs).processes:
+            why.append(f"answers are judged by {judges} more {'process' if judges == 1 else 'processes'}")
     if isinstance(stage, Generate) and planned.state != "cached":
         prompts = prompts_of(plan, stage)
         why.append(f"{'' if prompts is None else f'{prompts:,} '}prompts, {stage.samples} answers to each")
@@ -98,6 +101,16 @@ def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) ->
         "why": "; ".join([*lacks, *why]),
         "advice": advice,
     }  # fmt: skip
+
+
+def iterations(stage: RLStage, amount: Amount, workers: int) -> str:
+    """`4,000 prompts, 36 iterations of 128 answers`."""
+    shares, updates = stage.cut(workers)
+    answers = f"of {shares.rows_per_step * stage.answers_to_each:,} answers"
+    if stage.answers_to_each > 1:
+        answers += f", {stage.answers_to_each} to a prompt"
+    said = "iterations" if amount.steps is None else f"{amount.steps // updates:,} iterations"
+    return f"{'' if amount.rows is None else f'{amount.rows:,} '}prompts, {said} {answers}"
 
 
 def _too_much(memory: Memory, room: int, gpu: bool, workers: int) -> str:
@@ -127,13 +140,13 @@ def amount_of(plan: Plan, planned: PlannedStage) -> Amount:
     workers = planned.resources.workers
     if isinstance(stage, TrainStage) and (found := prepared_amount(plan, planned, stage)) is not None:
         rows, tokens, longest, size = found
-        steps = planned_steps(stage, rows, workers, packed=True)
+        steps = stage.planned_steps(rows, workers)
         return Amount(rows, tokens, steps, _epochs(stage, rows, steps, workers), longest, size)
     expected = expected_rows(stage.sources(), pairs_are_two=getattr(stage, "task", None) == "labelled")
     if not isinstance(stage, TrainStage) or expected is None:
         return Amount(expected)
-    steps = planned_steps(stage, expected, workers)
-    return Amount(expected, None, steps, _epochs(stage, expected, steps, workers))
+    planned_for = planned_steps(stage, expected, workers)
+    return Amount(expected, None, planned_for, _epochs(stage, expected, planned_for, workers))
 
 
 def prompts_of(plan: Plan, stage: Generate) -> int | None:
@@ -170,18 +183,19 @@ def prepared_amount(plan: Plan, planned: PlannedStage, stage: TrainStage) -> tup
 
 
 def longest_sequence(data: Prepared) -> int | None:
-    """Tokens of the longest row; of answers, of the prompt with the longest of them."""
+    """Tokens of the longest row; of answers, of the prompt with the longest of them; of prompts alone, of the longest."""
     longest = 0
     for shard in data.manifest["shards"]:
         names = pq.read_schema(data.path / shard["file"]).names
         if "input_ids" in names:
             return int(data.manifest["longest"])
         sides = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in names]
-        if not sides:
+        if "prompt_ids" not in names:
             return None
         table = pq.read_table(data.path / shard["file"], columns=["prompt_ids", *sides])
         prompt, *answers = (pc.list_value_length(table[name]) for name in ("prompt_ids", *sides))
-        longest = max(longest, pc.max(pc.add(prompt, pc.max_element_wise(*answers))).as_py() or 0)
+        rows = pc.add(prompt, pc.max_element_wise(*answers)) if answers else prompt
+        longest = max(longest, pc.max(rows).as_py() or 0)
     return longest or None
 
 
@@ -223,27 +237,18 @@ def expected_rows(sources: list[DataSource], pairs_are_two: bool = False) -> int
     return round(total)
 
 
-def shares_of(stage: TrainStage, workers: int) -> Shares:
-    given = stage.train.given()
-    return Shares(workers, given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1))
-
-
-def planned_steps(stage: TrainStage, rows: int, workers: int, packed: bool = False) -> int | None:
-    """Optimiser steps over `rows` rows; None for rows that are to be packed yet (not `packed`)."""
-    given = stage.train.given()
-    if given.get("max_steps", -1) > 0:
-        return int(given["max_steps"])
-    if given.get("packing") and not packed:
-        return None
-    epochs = given.get("num_train_epochs", library_defaults(stage.train.library).get("num_train_epochs", 3.0))
-    return math.ceil(epochs * shares_of(stage, workers).steps(rows))
+def planned_steps(stage: TrainStage, rows: int, workers: int) -> int | None:
+    """Optimiser steps over rows that are not prepared yet; None where they are to be packed first."""
+    packed = stage.train.given().get("packing") and not stage.most_steps(workers)
+    return None if packed else stage.planned_steps(rows, workers)
 
 
 def _epochs(stage: Any, rows: int | None, steps: int | None, workers: int) -> float | None:
     """How often each row is seen."""
     if not isinstance(stage, TrainStage) or not rows or steps is None:
         return None
-    return round(steps / shares_of(stage, workers).steps(rows), 2)
+    shares, updates = stage.cut(workers)
+    return round(steps / (shares.steps(rows) * updates), 2)
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -258,13 +263,17 @@ def training_of(plan: Plan, planned: PlannedStage, amount: Amount) -> Training:
     stage, resources = planned.stage, planned.resources
     assert isinstance(stage, TrainStage)
     gpu = resources.gpus_per_worker > 0
-    config = config_of(plan, planned)
+    config = config_of(plan, planned.inputs["model"][0])
     train = with_defaults(stage, gpu)
     checkpointing = stage.train.given().get("gradient_checkpointing", gpu and train["gradient_checkpointing"])
     deepspeed = deepspeed_config(stage.deepspeed, gpu=gpu)
     quantisation = stage.tuning.quantization() if stage.lora() is not None else None
     positions = (config.get("text_config") or config).get("max_position_embeddings")
     length = min(n for n in (amount.longest or stage.max_length, stage.max_length, positions) if n)
+    reinforced: dict[str, Any] = {}
+    if isinstance(stage, RLStage):
+        length = min(n for n in ((amount.longest or stage.max_length) + stage.max_new_tokens, positions) if n)
+        reinforced = _reinforced(plan, planned, stage, length)
     return Training(
         config=json.dumps(config, sort_keys=True),
         kind=stage.kind,
@@ -280,8 +289,26 @@ def training_of(plan: Plan, planned: PlannedStage, amount: Amount) -> Training:
         double_quant=(quantisation or {}).get("bnb_4bit_use_double_quant", True),
         optim=str(train["optim"]),
         deepspeed=json.dumps(deepspeed) if deepspeed else None,
-        **precision(stage.train.given(), gpu),
+        **precision(stage.train.given(), gpu) | reinforced,
     )
+
+
+def _reinforced(plan: Plan, planned: PlannedStage, stage: RLStage, length: int) -> dict[str, Any]:
+    """The fields of `Training` that say what a worker has besides its policy."""
+    beside = stage.beside(planned.resources.workers, planned.inputs)
+
+    def config(ref: str) -> str:
+        return json.dumps(config_of(plan, ref), sort_keys=True)
+
+    return {
+        "answer": min(stage.max_new_tokens, length - 1),
+        "sampled": beside.sampled,
+        "whole_logits": beside.whole_logits,
+        "value": None if beside.value is None else config(beside.value),
+        "rewards": tuple(map(config, beside.rewards)),
+        "reference": beside.reference,
+        "generation": stage.train.given().get("steps_per_generation"),
+    }
 
 
 def _adapter(stage: TrainStage, config: dict[str, Any]) -> str | None:
@@ -298,22 +325,18 @@ def _adapter(stage: TrainStage, config: dict[str, Any]) -> str | None:
     return json.dumps(adapter_options(stage.tuning, options, architecture), sort_keys=True)
 
 
-def config_of(plan: Plan, planned: PlannedStage) -> dict[str, Any]:
-    """config.json of the stage's model: of a folder, the hub's, or that of the stage that makes it.
+def config_of(plan: Plan, model: str) -> dict[str, Any]:
+    """config.json of a model: of a folder, the hub's, or that of the stage that makes it.
 
     Raises:
         DataError: it is neither here, nor in the cache, nor given by the hub.
     """
-    config = model_config(plan.spec, planned.name)
-    if config is None:
-        ref = planned.inputs["model"][0]
-        while ref.startswith("stages."):
-            ref = plan[ref.removeprefix("stages.")].inputs["model"][0]
-        config = fetch_config(ref)
-    made = next((s for s in plan.spec.stages.values() if isinstance(s, Init)), None)
-    if made is not None and "vocab_size" not in config:
-        config = config | {"vocab_size": made.tokenizer.vocab_size}
-    return config
+    while model.startswith("stages."):
+        made = plan[model.removeprefix("stages.")]
+        if isinstance(made.stage, Init):
+            return {"model_type": "llama", "vocab_size": made.stage.tokenizer.vocab_size} | made.stage.config
+        model = made.inputs["model"][0]
+    return read_config(model) or fetch_config(model)
 
 
 def room_of(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> int | None:
@@ -342,9 +365,12 @@ def disk_bytes(stage: TrainStage, training: Training, amount: Amount) -> int | N
     prepared = amount.bytes if amount.bytes is not None else _source_bytes(stage.sources())
     if prepared is None:
         return None
-    anatomy = dry_run(training.shape()).anatomy
+    policy = anatomy = dry_run(training.shape()).anatomy
+    if (value := training.value_shape()) is not None:
+        anatomy = both(dry_run(training.shape()), dry_run(value)).anatomy
     given = stage.arguments()
-    whole = (2 if training.shape().half else 4) * anatomy.parameters
+    each = 2 if training.shape().half else 4
+    whole = each * anatomy.parameters
     state = optimizer_bytes(training.optim, anatomy)
     trained = 4 * anatomy.trainable
     checkpoint = state + (trained if training.lora is not None else whole)
@@ -355,8 +381,8 @@ def disk_bytes(stage: TrainStage, training: Training, amount: Amount) -> int | N
     made = 0 if given.get("save_strategy") == "no" else keep + 1
     if made and amount.steps is not None and every >= 1:
         made = min(made, max(1, math.ceil(amount.steps / every)))
-    adapter = trained if training.lora is not None else 0
-    return made * checkpoint + whole + adapter + prepared
+    adapter = 4 * policy.trainable if training.lora is not None else 0
+    return made * checkpoint + each * policy.parameters + adapter + prepared
 
 
 def _source_bytes(sources: list[DataSource]) -> int | None:

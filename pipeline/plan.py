@@ -19,6 +19,7 @@ from stages import Generate, Stage
 from stages.base import Resources
 from stages.data.encode import DATA_VERSION
 from stages.data.prepare import options_key, sources_key
+from stages.rl.stage import RLStage
 from stages.training import optimizers
 from stages.training.deepspeed import deepspeed_config
 from stages.training.stage import TrainStage
@@ -207,9 +208,15 @@ def machine_resources() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus()), "memory": float(memory)}
 
 
-def lacking(resources: Resources, available: dict[str, float]) -> list[str]:
+def lacking(planned: PlannedStage, available: dict[str, float]) -> list[str]:
     """What there is too little of for a stage's workers, in words."""
-    need = {"CPU": resources.cpus_per_worker * resources.workers, "GPU": resources.gpus_per_worker * resources.workers}
+    stage, resources = planned.stage, planned.resources
+    # Those that judge answers ask for CPUs on a cluster only, which may grow.
+    judges = stage.beside(resources.workers, planned.inputs).processes if isinstance(stage, RLStage) else 0
+    need = {
+        "CPU": resources.cpus_per_worker * resources.workers,
+        "GPU": resources.gpus_per_worker * (resources.workers + judges),
+    }
     return [f"needs {n} {k}, there are {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)]
 
 

@@ -16,14 +16,20 @@ LINE_EVERY_S = 10.0  # in a log
 SHOWN = (
     "loss", "eval_loss", "accuracy", "rewards/accuracies", "rewards/margins", "parameters", "reward_mean", "stopped",
 )  # fmt: skip
+# Of reinforcement learning, whose loss says nothing. GRPO's KL is of a token.
+SHOWN_OF_ANSWERS = ("reward", "eval_reward", "kl", "kl_per_token", "stopped", "answer_tokens")
 
 
 def brief(metrics: dict[str, Any]) -> str:
     """The few metrics of a stage that are worth a line."""
-    parts = [
-        f"{name.removeprefix('rewards/')} {number(metrics[name])}" for name in SHOWN if metrics.get(name) is not None
-    ]
-    return ", ".join(parts)
+    wanted = [name for name in shown_of(metrics) if metrics.get(name) is not None]
+    if "kl" in wanted and "kl_per_token" in wanted:
+        wanted.remove("kl_per_token")
+    return ", ".join(f"{name.removeprefix('rewards/').replace('_', ' ')} {number(metrics[name])}" for name in wanted)
+
+
+def shown_of(metrics: dict[str, Any]) -> tuple[str, ...]:
+    return SHOWN_OF_ANSWERS if "reward" in metrics else SHOWN
 
 
 def number(value: Any) -> str:
@@ -102,8 +108,8 @@ class Terminal:
                 self._say(f"{name}: {event['phase']}" + (f" ({facts})" if facts else ""))
             self.told[name] = time.time()
             return
-        loss = f"  loss {event['loss']:.3f}" if event.get("loss") is not None else ""
-        what = f"{self.phase.get(name, '')} {event['done']}/{event['total']} {event['unit']}s{loss}"
+        said = [f"  {key} {event[key]:.3f}" for key in ("loss", "reward", "kl") if event.get(key) is not None]
+        what = f"{self.phase.get(name, '')} {event['done']}/{event['total']} {event['unit']}s{''.join(said)}"
         self.live.update(self.bars[name], completed=event["done"], total=event["total"], what=what)
         if not self.console.is_terminal and time.time() - self.told.get(name, 0) > LINE_EVERY_S:
             self.told[name] = time.time()

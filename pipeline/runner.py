@@ -169,7 +169,7 @@ class _Run:
             Problem(f"stages.{s.name}", f"{what}; {hint}")
             for s in self.plan.stages
             if s.state != "cached"
-            for what in (lacking(s.resources, have) if self.cluster.local else [])
+            for what in (lacking(s, have) if self.cluster.local else [])
         ]
         problems += run_problems(self.plan, local=self.cluster.local)
         if problems:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from pipeline.spec import BASE, Head, Spec
+from pipeline.spec_messages import existing, message_of
 from pipeline.sweep import Expanded, expand, get, told
 from pipeline.training_checks import spec_problems
 from stages import KINDS, Init, Stage
@@ -21,7 +21,6 @@ from stages.data.tokenizer import check_model_folder, read_chat_template
 from stages.errors import DataError, Problem, SpecError, nearest
 from stages.init import config_problems
 from stages.rewards import is_function
-from stages.training.arguments import MANAGED
 from stages.training.deepspeed import PRESETS
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -191,8 +190,9 @@ class _Checker:
                 else d
                 for d in out["data"]
             ]
-        if isinstance(out.get("model"), str):
-            out["model"] = self._model_path(out["model"])
+        for field in ("model", "value_model"):
+            if isinstance(out.get(field), str):
+                out[field] = self._model_path(out[field])
         if isinstance(out.get("models"), list):
             out["models"] = [self._model_path(m) if isinstance(m, str) else m for m in out["models"]]
         if isinstance(out.get("rewards"), list):
@@ -372,63 +372,12 @@ class _Checker:
         except ValidationError as error:
             seen: set[tuple[Any, ...]] = set()
             for e in error.errors():
-                where = _existing(raw, e["loc"])
+                where = existing(raw, e["loc"])
                 if where in seen and e["type"] != "extra_forbidden":
                     continue  # the members of a union each complain of the same value
                 seen.add(where)
-                self._problem((*path, *where), _message(cls, dict(e), where))
+                self._problem((*path, *where), message_of(cls, dict(e), where))
             return None
-
-
-def _existing(raw: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pydantic's location without what is not in the data: tags of unions, names of their members."""
-    out: list[Any] = []
-    node = raw
-    for i, part in enumerate(loc):
-        if isinstance(node, dict) and (part in node or i == len(loc) - 1):
-            out.append(part)
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            out.append(part)
-            node = node[part]
-    return tuple(out)
-
-
-def _message(cls: type[BaseModel], error: dict[str, Any], where: tuple[Any, ...]) -> str:
-    kind, value = error["type"], error.get("input")
-    if kind == "extra_forbidden" and "train" in where[:-1] and where[-1] in MANAGED:
-        return MANAGED[where[-1]]
-    if kind == "extra_forbidden":
-        return f"unknown key{nearest(str(where[-1]), _fields_at(cls, error['loc'][:-1]))}"
-    if kind == "missing":
-        return "is missing"
-    if kind == "value_error":
-        return str(error["ctx"]["error"])
-    shown = f"{value!r}" if isinstance(value, str | int | float | bool | type(None)) else f"a {type(value).__name__}"
-    return f"{error['msg'].removeprefix('Input ')}, not {shown}"
-
-
-def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
-    """Names that may stand at a location of a model."""
-    for part in loc:
-        models = _models_in(cls)
-        found = [m.model_fields[part].annotation for m in models if isinstance(part, str) and part in m.model_fields]
-        if found:
-            cls = typing.Union[tuple(found)]  # noqa: UP007 - built at run time
-        elif isinstance(part, str):  # a union's tag
-            tagged = [
-                m
-                for m in models
-                if part in {getattr(m.model_fields.get("method"), "default", None), m.__name__.lower()}
-            ]
-            cls = tagged[0] if tagged else cls
-    return [name for m in _models_in(cls) for name in m.model_fields]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
 
 
 def dotted(path: Sequence[Any]) -> str:

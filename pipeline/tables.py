@@ -32,10 +32,10 @@ SHARES = ("exact_match", "stopped", "preference_accuracy")
 # What a sweep's table shows of the variants' own metrics; as `eval_...` where they have that.
 OWN = (
     "loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "samples/kl", "calibration_error",
-    "length_correlation",
+    "length_correlation", "reward", "kl", "kl_per_token",
 )  # fmt: skip
 # Of these more, or less, is better whatever was swept over. Of the others (margins, KL, lengths) neither is.
-HIGHER = ("exact_match", "stopped", "preference_accuracy", "accuracy", "rewards/accuracies")
+HIGHER = ("exact_match", "stopped", "preference_accuracy", "accuracy", "rewards/accuracies", "reward")
 LOWER = ("loss", "calibration_error")
 
 
@@ -138,7 +138,10 @@ Column = tuple[str, str, list[Mapping[str, Any]]]  # name of the metric, heading
 
 def _own_columns(metrics: list[Mapping[str, Any]]) -> list[Column]:
     out = []
+    reinforced = any("reward" in m for m in metrics)
     for name in OWN:
+        if name == "loss" and reinforced:
+            continue  # it says nothing there
         heading = name.removeprefix("rewards/").replace("_", " ")
         held_out = any(f"eval_{name}" in m for m in metrics)
         if not held_out or name == "loss":

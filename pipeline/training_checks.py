@@ -20,6 +20,7 @@ from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem
 from stages.generate import engine_problem
 from stages.rewards import is_function
+from stages.rl.stage import RLStage
 from stages.training import optimizers
 from stages.training.architecture import HUB_TIMEOUT, cached, length_limit, read_config
 from stages.training.arguments import library_defaults, optimizer_names
@@ -50,12 +51,12 @@ def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
                 stage, workers=stage.workers or cluster.workers, gpu=gpu, config=config, folder=spec.folder
             ):
                 yield name, path, message
-        elif isinstance(stage, Generate):
-            for path, message in _generate_problems(stage, model_config(spec, name), spec.folder):
+        if isinstance(stage, Generate | RLStage):
+            for path, message in _answering_problems(stage, model_config(spec, name), spec.folder):
                 yield name, path, message
 
 
-def _generate_problems(stage: Generate, config: Mapping[str, Any] | None, folder: str) -> Found:
+def _answering_problems(stage: Generate | RLStage, config: Mapping[str, Any] | None, folder: str) -> Found:
     for i, term in enumerate(stage.rewards):
         if is_function(term.reward) and (problem := optimizers.problem(term.reward, folder)):
             yield ("rewards", str(i)), problem
@@ -89,7 +90,9 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
             for path, message in _on_workers(plan, planned, local):
                 of_stage.setdefault(".".join((where, *path)), message)
             found += [Problem(path, message) for path, message in of_stage.items()]
-        if isinstance(planned.stage, Generate) and local and (problem := engine_problem(planned.stage.engine)):
+        engine = planned.stage.engine if local and isinstance(planned.stage, Generate | RLStage) else ""
+        known = any(problem.path == f"{where}.engine" for problem in found)
+        if not known and (problem := engine_problem(engine)):
             found.append(Problem(f"{where}.engine", problem.removeprefix("engine: ")))
     if not found and (problem := _disk(plan, [p for p in to_run if isinstance(p.stage, TrainStage)])):
         found.append(Problem("storage", problem))
@@ -161,6 +164,8 @@ def stage_problems(
         problem := optimizer_problem(optimizer, optimizer_names(), gpu=gpu)
     ):  # fmt: skip
         yield ("train", "optim"), problem
+    if isinstance(stage, RLStage) and stage.engine == "vllm" and gpu is False:
+        yield ("engine",), "vllm runs in the workers that train, which have no GPU; use `engine: transformers`"
     if given.get("use_liger_kernel") and gpu is False:
         yield ("train", "use_liger_kernel"), "liger kernels run on a GPU only, and the workers have none; leave it out"
     if given.get("liger_kernel_config") and not given.get("use_liger_kernel"):

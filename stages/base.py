@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -169,6 +169,8 @@ class Stage(Config, ABC):
     # config field -> kinds of artifact it accepts there; a field may hold one reference or a list of them
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {}
     uses_ray: ClassVar[bool] = True
+    # keys that other tools have, in the stage or in its `train` -> what to write here
+    instead: ClassVar[Mapping[str, str]] = {}
     # raised when a change of code changes what the same config makes: part of the fingerprint
     version: ClassVar[int] = 1
 

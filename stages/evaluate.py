@@ -6,9 +6,10 @@ its implicit reward log p(y|x) - log p_ref(y|x), which is that of Rafailov et al
 model by its likelihoods. Of a reward model they also say whether it is as sure as it is right, and how much of it is length
 (stages/training/pair_statistics.py).
 
-A preference-tuned model is held against its reference, the model it was given: `kl` is KL(policy || reference) in nats an
-answer, the mean of log p(y|x) - log p_ref(y|x) over answers y sampled from the policy at temperature 1, of at most
-`max_new_tokens` (k1 of Schulman, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html).
+A model from preference tuning or reinforcement learning is held against its reference, the model it was given: `kl` is
+KL(policy || reference) in nats an answer, the mean of log p(y|x) - log p_ref(y|x) over answers y sampled from the policy at
+temperature 1, of at most `max_new_tokens` (k1 of Schulman, "Approximating KL divergence",
+http://joschu.net/blog/kl-approx.html).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from stages.training.preference import REFERENCE_FREE
 from stages.training.vocabulary import grow_vocabulary
 
 PREFERENCE_TUNED = ("dpo", "kto")
+HAS_REFERENCE = (*PREFERENCE_TUNED, "ppo", "grpo", "rloo")
 SIDES = ("chosen", "rejected")
 TWICE = 2.0  # as long, or half as long: worth a warning
 LESS_STOPPED = 0.05  # share of answers that no longer end by themselves: worth a warning
@@ -76,7 +78,7 @@ class Evaluate(Stage):
     kl_samples: int = Field(
         default=128,
         ge=0,
-        description="Prompts, the first ones, that a preference-tuned model is sampled for to measure its KL; 0: none.",
+        description="Prompts, the first ones, that a model with a reference is sampled for to measure its KL; 0: none.",
     )
     shown: int = Field(default=8, ge=0, description="Samples kept for the report, side by side.")
     mask: Mask = Mask()
@@ -196,7 +198,7 @@ class EvaluationJob:
 
     stage: Evaluate
     artifact: Artifact
-    reference: str | None  # of a preference-tuned model
+    reference: str | None  # of a model that has one
     prepared: dict[Task, Prepared]
     chat_template: str | None
     seed: int
@@ -307,21 +309,21 @@ def metrics_from(sums: Mapping[str, float], values: Mapping[str, np.ndarray], ar
 
 
 def reference_of(artifact: Artifact) -> str | None:
-    """The model a preference-tuned one was trained from, which is its reference; None of any other model."""
-    if artifact.manifest.get("kind") not in PREFERENCE_TUNED:
+    """The model that preference tuning or reinforcement learning was given, its reference; None of any other model."""
+    if artifact.manifest.get("kind") not in HAS_REFERENCE:
         return None
     return str(artifact.manifest["inputs"]["model"][0]["model"])
 
 
 def has_implicit_reward(artifact: Artifact) -> bool:
-    """Whether its training compared it with a reference: not by losses like SimPO's, which go by likelihood alone."""
+    """Whether its training compared answers by it: not with losses like SimPO's, which go by likelihood alone."""
     given = ((artifact.manifest.get("config") or {}).get("train") or {}).get("loss_type") or ["sigmoid"]
     types = [given] if isinstance(given, str) else given
-    return reference_of(artifact) is not None and not set(types) <= set(REFERENCE_FREE)
+    return artifact.manifest.get("kind") in PREFERENCE_TUNED and not set(types) <= set(REFERENCE_FREE)
 
 
 def drift_warnings(metrics: Mapping[str, Mapping[str, Any]], models: Sequence[Artifact]) -> list[str]:
-    """What of the sampled answers of a preference-tuned model has run away from its reference's, where both are compared."""
+    """What of the sampled answers of a tuned model has run away from its reference's, where both are compared."""
     names = {artifact.model: artifact.name for artifact in models}
     out = []
     for artifact in models:

@@ -6,20 +6,26 @@ What is computed: stages/rl/advantages.py and losses.py, each formula with its s
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from stages.base import Artifact, ArtifactKind, StageContext, StageResult
+from stages.base import ArtifactKind, StageContext, StageResult
+from stages.data.tokenizer import load_tokenizer
+from stages.errors import StageError
 from stages.generate import choose_engine
-from stages.rl import settings
+from stages.rewards import difference
+from stages.rl import settings, words
 from stages.rl.ppo import PPOOptions, build_trainer, judged_elsewhere, value_scale
 from stages.rl.settings import PPOSettings
-from stages.rl.stage import RLStage
+from stages.rl.stage import TOGETHER, Beside, RLStage
 from stages.rl.watching import Limits
 from stages.training.arguments import TrainConfig, train_config
+from stages.training.feed import Shares
 from stages.training.stage import run_training
 
+T = TypeVar("T")
 PPOArguments: type[TrainConfig] = train_config("TrainingArguments", **settings.types())
 
 
@@ -47,10 +53,13 @@ class PPO(RLStage):
         "rewards": ("reward model",),
         "value_model": ("reward model", "model"),
     }
+    instead: ClassVar[Mapping[str, str]] = words.COMMON | words.PPO
 
     @model_validator(mode="after")
     def _settings_are_right(self) -> PPO:
-        self.settings()
+        settings, given = self.settings(), self.train.given()  # type: ignore[attr-defined]
+        if settings.total_episodes is not None and (both := {"max_steps", "num_train_epochs"} & given.keys()):
+            raise ValueError(f"train: total_episodes and {both.pop()} both say how long it is trained; leave one out")
         if "judge_processes" in self.model_fields_set and self.placement != "separate":
             raise ValueError("judge_processes: there are some with `placement: separate` alone")
         return self
@@ -70,18 +79,43 @@ class PPO(RLStage):
         value = [] if self.value_model is None else [self.value_model]
         return super().references() | {"value_model": value}
 
-    def begins_as(self, ctx: StageContext) -> Artifact:
-        """What the value model begins as."""
-        given = [*ctx.inputs.get("value_model", []), *ctx.inputs.get("rewards", [])]
-        return given[0] if given else ctx.input()
+    def cut(self, workers: int) -> tuple[Shares, int]:
+        shares, _ = super().cut(workers)
+        settings = self.settings()
+        prompts = shares.rows_per_step * settings.num_mini_batches
+        return Shares(1, prompts), settings.num_ppo_epochs * settings.num_mini_batches
+
+    def most_steps(self, workers: int) -> int:
+        asked = self.settings().total_episodes
+        if asked is None:
+            return super().most_steps(workers)
+        shares, updates = self.cut(workers)
+        return shares.steps(asked) * updates
+
+    def beside(self, workers: int, inputs: Mapping[str, Sequence[str]]) -> Beside:
+        colocated, batch = self.placement == "colocated", self.train.given().get("per_device_train_batch_size", 8)  # type: ignore[attr-defined]
+        return Beside(
+            value=begins_as(inputs),
+            rewards=tuple(inputs.get("rewards", ())) if colocated else (),
+            reference="whole" if self.settings().kl_coef > 0 and colocated else "",
+            sampled=min(max(TOGETHER, batch), -(-self.cut(workers)[0].rows_per_step // workers)),
+            processes=0 if colocated else self.judge_processes,
+        )
 
     def run(self, ctx: StageContext) -> StageResult:
-        scorers, begins_as = self.judges(ctx), self.begins_as(ctx)
+        scorers, value = self.judges(ctx), begins_as(ctx.inputs)
+        policy = ctx.input()
+        if value.model != policy.model and (
+            what := difference(load_tokenizer(policy.model, ctx.chat_template), load_tokenizer(value.model))
+        ):
+            raise StageError(
+                f"value_model: {value.name} has another {what} than {ctx.input().name}, whose answers it values"
+            )
         options = PPOOptions(
             settings=self.settings(),
             scorers=scorers,
-            value=begins_as.model,
-            value_scale=value_scale(begins_as, scorers),
+            value=value.model,
+            value_scale=value_scale(value, scorers),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             engine=choose_engine(self.engine, gpu=ctx.resources.gpus_per_worker > 0),
@@ -92,3 +126,8 @@ class PPO(RLStage):
         return run_training(
             self, ctx, build_trainer, {"ppo": options}, around=lambda job: judged_elsewhere(job, judges, ctx)
         )
+
+
+def begins_as(inputs: Mapping[str, Sequence[T]]) -> T:
+    """What the value model begins as."""
+    return [*inputs.get("value_model", ()), *inputs.get("rewards", ()), *inputs["model"]][0]

@@ -11,8 +11,9 @@ import pytest
 from pipeline.advice import GIB, Training, advise
 from stages.training import dry_run as dry
 from stages.training.deepspeed import deepspeed_config
+from stages.training.dry_answers import Sampling, dry_answers
 from stages.training.dry_run import Shape, Unpredictable, dry_run
-from stages.training.memory import optimizer_bytes, predict, weight_bytes
+from stages.training.memory import Beside, both, frozen_bytes, optimizer_bytes, predict, weight_bytes
 
 LLAMA2_7B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -178,3 +179,77 @@ def test_advice_fits_and_keeps_the_rows_of_a_step() -> None:
     assert adapters == sorted(adapters)  # lora before qlora
     qlora = replace(now, lora=LORA, four_bits=True, workers=1, checkpointing=True)
     assert qlora.memory().weights < 7 * GIB
+
+
+# ------------------------------------------------------------------------------------------------ reinforcement learning
+
+
+def test_policy_and_value_model_live_at_once_and_the_policys_logits_wait() -> None:
+    small, score = shape(rows=4, length=64, scored=16), shape(rows=4, length=64, head="score")
+    policy, value = dry_run(small), dry_run(score)
+    run = both(policy, value)
+    activations = [each.series[:, dry.ACTIVATIONS].max() for each in (policy, value)]
+    assert run.series[:, dry.ACTIVATIONS].max() == pytest.approx(sum(activations), rel=0.1)
+    assert run.series[-1, dry.GRADIENTS] == 4 * (policy.anatomy.parameters + value.anatomy.parameters)
+    assert run.series[:, dry.LOGITS].max() == pytest.approx(policy.series[:, dry.LOGITS].max(), rel=0.2)
+    at = int(run.series[:, dry.ACTIVATIONS].argmax())
+    assert run.series[at, dry.LOGITS] >= 4 * 16 * 512 * 4  # of the answers' tokens alone
+    assert run.anatomy.trainable == policy.anatomy.trainable + value.anatomy.trainable
+    assert dry_run(shape(rows=4, length=64)).peak()[1] > 3 * policy.peak()[1]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kept"),
+    [({}, 64), ({"num_key_value_heads": 2}, 32)],
+)
+def test_sampling_holds_keys_and_values_of_the_longest_answers(heads: dict[str, int], kept: int) -> None:
+    """Between twice the answers, the cache grows by 6 layers of keys and values of `kept` numbers, and what a step adds of one."""
+    one, two = (dry_answers(shape(SMALL | heads), Sampling(8, 16, answer))[0] for answer in (200, 400))
+    cache = 2 * 6 * kept * 8 * 200 * 4
+    assert cache < two - one < 2 * cache
+    narrow = dry_answers(shape(SMALL | heads, half=True), Sampling(8, 16, 400))[0]
+    assert narrow < 0.7 * two
+    assert dry_answers(shape(SMALL), Sampling(8, 16, 400))[1] == 8 * 512 * 24
+
+
+def test_a_rollout_can_be_what_needs_most() -> None:
+    """Of many answers and small micro-batches: then the weights of all models, the optimizer's state and the cache."""
+    few = Beside(value=shape(rows=1, length=600, head="score"), frozen=1000, sampling=Sampling(1, 88, 512))
+    many = replace(few, sampling=Sampling(512, 88, 512))
+    train, roll = (predict(shape(rows=1, length=600, scored=512), beside=beside) for beside in (few, many))
+    assert (train.moment, roll.moment) == ("backward", "sampling")
+    assert roll.gradients == 0 and (roll.weights, roll.optimizer) == (train.weights, train.optimizer)
+    assert train.frozen == roll.frozen == 1000
+
+
+def test_zero_three_shares_out_what_it_trains_gathers_the_policy_to_sample_and_leaves_frozen_models_whole() -> None:
+    zero = deepspeed_config("zero3", gpu=True)
+    half = shape(LLAMA2_7B, rows=1, length=64, half=True, gpu=True, scored=32)
+    value = replace(half, head="score", scored=None)
+    beside = Beside(value=value, frozen=frozen_bytes(half.config, reward=True), sampling=Sampling(2, 32, 32))
+    found = predict(half, workers=8, deepspeed=zero, beside=beside)
+    assert found.frozen == pytest.approx(4 * 6607e6, rel=1e-3)  # in float32, without the head of the language model
+    assert found.weights == pytest.approx(2 * (6738e6 + 6607e6) / 8, rel=1e-3)
+    assert predict(half, workers=8, deepspeed=zero, beside=Beside(shared=8000)).frozen == 1000
+    sampled = replace(beside, sampling=Sampling(4096, 32, 32))
+    roll = predict(half, workers=8, deepspeed=zero, beside=sampled)
+    assert roll.moment == "sampling" and roll.buffers >= 2 * 6738e6
+
+
+def test_frozen_models_are_as_they_are_stored() -> None:
+    config = json.dumps(SMALL)
+    head = 512 * 64 - 64
+    whole, score = frozen_bytes(config), frozen_bytes(config, reward=True)
+    assert whole - score == 4 * head
+    assert frozen_bytes(json.dumps(SMALL | {"dtype": "bfloat16"}), reward=True) == pytest.approx(score / 2, rel=0.01)
+    assert frozen_bytes(json.dumps(SMALL | {"dtype": "bfloat16"}), dtype="float32") == whole
+
+
+def test_advice_for_groups_keeps_the_answers_of_an_iteration() -> None:
+    now = Training(
+        json.dumps(QWEN25_05B), "grpo", batch=8, length=1024, gpu=True, bf16=True, checkpointing=True, answer=256, sampled=64,
+        whole_logits=False, generation=8, reference="shared",
+    )  # fmt: skip
+    train = next(a.change["train"] for a in advise(now, int(0.6 * now.memory().total)) if "train" in a.change)
+    assert train["gradient_accumulation_steps"] * train["per_device_train_batch_size"] == 8
+    assert train["steps_per_generation"] * train["per_device_train_batch_size"] == 64

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 
 from pipeline import Pipeline
-from pipeline.estimate import describe, expected_rows, planned_steps
+from pipeline.estimate import amount_of, describe, expected_rows, planned_steps, training_of
 from pipeline.plan import make_plan, resources_for
 from pipeline.spec import Cluster, Spec
-from stages import SFT, Evaluate
+from stages import KINDS, SFT, Evaluate
 from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
+from stages.rl.iterations import Iterations
+from stages.rl.stage import RLStage
+from stages.training.feed import Feed, Position, Shares, total_steps
 
 from .conftest import write_jsonl
 
@@ -259,3 +262,113 @@ def test_an_artifact_of_another_number_of_workers_is_found_and_says_so(data: Pat
     assert (again.state, again.why) == ("cached", "unchanged; made with 4 workers")
     same = pipeline(data, model, tmp_path, cluster={"workers": 4}).plan()["sft"]
     assert (same.fingerprint, same.why) == (again.fingerprint, "unchanged")
+
+
+# ------------------------------------------------------------------------------------------------ reinforcement learning
+
+
+def reinforced(data: Path, model: str, storage: Path, cluster: dict[str, Any] | None = None, **ppo: Any) -> Pipeline:
+    """SFT, reward and `ppo`, on the 37 prompts of the pairs."""
+    pairs = [{"path": str(data / "pairs.jsonl")}]
+    stages: dict[str, Any] = {
+        "sft": {"kind": "sft", "data": [{"path": str(data / "chats.jsonl")}]},
+        "reward": {"kind": "reward", "model": "stages.sft", "data": pairs},
+        "rl": {"kind": "ppo", "model": "stages.sft", "rewards": ["stages.reward"], "data": pairs, "max_new_tokens": 32}
+        | ppo,
+    }
+    return Pipeline(name="rl", model=model, storage=str(storage), stages=stages, cluster=cluster or {})
+
+
+def steps_of_a_run(updates: int, prompts: int, rows: int, max_steps: int = -1, epochs: float = 3.0) -> int:
+    """As train_on_worker and the trainer's loader count them."""
+    shares = Shares(1, prompts)
+    total = -(-max_steps // updates) if max_steps > 0 else total_steps(shares, rows, epochs, Position())
+    feed = Feed([("", 0, rows)], rank=0, shares=shares, steps=total, seed=0)
+    iterations = Iterations(feed, updates, 1, 1)
+    assert iterations.steps == sum(iterations.steps_in(epoch) for epoch in range(iterations.epochs))
+    return iterations.steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "workers", "run"),
+    [
+        ("ppo", {}, 1, {"updates": 4, "prompts": 8}),
+        ("ppo", {"num_mini_batches": 3, "num_ppo_epochs": 2}, 2, {"updates": 6, "prompts": 48}),
+        ("ppo", {"gradient_accumulation_steps": 2, "num_train_epochs": 1.5}, 1, {"updates": 4, "prompts": 16, "epochs": 1.5}),
+        ("ppo", {"max_steps": 9}, 1, {"updates": 4, "prompts": 8, "max_steps": 9}),
+        ("ppo", {"total_episodes": 100}, 3, {"updates": 4, "prompts": 24, "max_steps": 5 * 4}),
+        ("ppo", {"total_episodes": 100, "max_steps": 3}, 3, {"updates": 4, "prompts": 24, "max_steps": 5 * 4}),
+        ("grpo", {"num_generations": 4}, 2, {"updates": 1, "prompts": 4}),
+        ("grpo", {"num_generations": 2, "steps_per_generation": 4, "num_iterations": 3}, 1, {"updates": 12, "prompts": 16}),
+        ("rloo", {"num_generations": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}, 1,
+         {"updates": 1, "prompts": 8, "epochs": 1}),
+    ],
+)  # fmt: skip
+def test_steps_of_iterations_are_those_of_the_run(
+    kind: str, train: dict[str, Any], workers: int, run: dict[str, Any]
+) -> None:
+    stage = KINDS[kind].model_validate({"rewards": ["m:f"], "data": [{"path": "x"}], "train": train})
+    assert isinstance(stage, RLStage)
+    assert stage.cut(workers) == (Shares(1, run["prompts"]), run["updates"])
+    assert stage.planned_steps(37, workers) == steps_of_a_run(rows=37, **run)
+
+
+def test_a_plan_says_how_many_answers_an_iteration_has(data: Path, model: str, tmp_path: Path) -> None:
+    rows = describe(reinforced(data, model, tmp_path, train={"total_episodes": 100, "num_mini_batches": 2}).plan())
+    rl = next(row for row in rows if row["name"] == "rl")
+    assert (rl["rows"], rl["steps"], rl["epochs"], rl["fits"]) == (37, 7 * 8, round(7 / 3, 2), True)
+    assert rl["why"].endswith("37 prompts, 7 iterations of 16 answers")
+    group = {"kind": "grpo", "train": {"num_generations": 4}}
+    rl = describe(reinforced(data, model, tmp_path, **group).plan())[-1]
+    assert rl["why"].endswith("37 prompts, 57 iterations of 8 answers, 4 to a prompt")
+    assert rl["steps"] == 57
+
+
+def test_what_a_ppo_worker_holds(data: Path, model: str, tmp_path: Path) -> None:
+    def memory(**ppo: Any) -> dict[str, Any]:
+        return describe(reinforced(data, model, tmp_path, **ppo).plan())[-1]["memory"]
+
+    sft = describe(reinforced(data, model, tmp_path).plan())[0]["memory"]
+    whole = memory()
+    # The policy and a value model with a head of 64 weights in place of the tied one; a reward model and the reference.
+    head = 64 * 4
+    assert whole["weights"] == pytest.approx(2 * sft["weights"] + head, rel=1e-3)
+    assert whole["optimizer"] == pytest.approx(2 * sft["optimizer"] + 2 * head, rel=1e-3)
+    assert whole["frozen"] == pytest.approx(2 * sft["weights"] + head, rel=1e-3)
+    assert memory(train={"kl_coef": 0.0})["frozen"] == pytest.approx(sft["weights"] + head, rel=1e-3)
+    lora = memory(tuning={"method": "lora", "r": 4})
+    assert lora["frozen"] == pytest.approx(
+        sft["weights"] + head, rel=1e-3
+    )  # the policy without its adapter is the reference
+    assert memory(placement="separate")["frozen"] == 0
+    group = memory(kind="grpo", train={"num_generations": 4})
+    assert group["frozen"] == pytest.approx(sft["weights"] + head, rel=1e-3)  # beta is 0 by default
+    assert group["weights"] == sft["weights"]
+    both = memory(kind="grpo", train={"num_generations": 4, "beta": 0.04})
+    assert both["frozen"] == pytest.approx(2 * sft["weights"] + head, rel=1e-3)
+
+
+def test_processes_that_judge_take_gpus_of_their_own(data: Path, model: str, tmp_path: Path) -> None:
+    cluster = {"workers": 2, "gpus_per_worker": 1, "gpu_memory_gib": 80.0}
+    plan = reinforced(data, model, tmp_path, placement="separate", judge_processes=2, cluster=cluster).plan()
+    rl = describe(plan, {"CPU": 8.0, "GPU": 2.0})[-1]
+    assert not rl["fits"] and rl["why"].startswith("needs 4 GPU, there are 2")
+    assert rl["why"].endswith("judged by 2 more processes")
+    assert describe(plan, {"CPU": 8.0, "GPU": 4.0})[-1]["fits"]
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_row_of_reinforcement_learning_is_the_longest_prompt_and_its_answer(
+    data: Path, model: str, tmp_path: Path
+) -> None:
+    plan = reinforced(data, model, tmp_path, train={"kl_coef": 0.0}).plan()
+    planned = plan["rl"]
+    stage: Any = planned.stage
+    before = training_of(plan, planned, amount_of(plan, planned))
+    assert (before.length, before.answer) == (256, 32)  # a prompt may be as long as the model's positions allow
+    made = prepare(stage.data, stage.recipe(load_tokenizer(model), 0), plan.folder.prepared)
+    longest = max(len(row["prompt_ids"]) for row in made.read())
+    amount = amount_of(plan, planned)
+    assert (amount.rows, amount.longest) == (37, longest)
+    after = training_of(plan, planned, amount)
+    assert (after.length, after.answer, after.sampled) == (longest + 32, 32, 8)

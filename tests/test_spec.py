@@ -95,7 +95,7 @@ def test_every_mistake_is_told_at_once(spec: Path, data: Path) -> None:
         "stages.sft.train.warmup_steps": (7, "should be a valid number, not 'many'"),
         "stages.reward.model": (8, "there is no stage 'sfd'; did you mean sft?"),
         "stages.dpo.tuning.rr": (9, "unknown key; did you mean r?"),
-        "stages.eval.kind": (10, "kind 'evaluat' is not a kind of stage; did you mean evaluate?; kinds: init, sft, reward, dpo, kto, generate, evaluate"),
+        "stages.eval.kind": (10, "kind 'evaluat' is not a kind of stage; did you mean evaluate?; kinds: init, sft, reward, dpo, kto, ppo, grpo, rloo, generate, evaluate"),
         "storag": (11, "unknown key; did you mean storage?"),
     }  # fmt: skip
 
@@ -237,3 +237,86 @@ def test_the_schema_knows_the_trainers_own_fields() -> None:
         name in text for name in ("learning_rate", "center_rewards_coefficient", "lora_alpha", "train_on", "at_least")
     )
     assert '"padding_free"' not in text
+
+
+# ------------------------------------------------------------------------------------------------ reinforcement learning
+
+PPO = """\
+name: test
+model: {model}
+stages:
+  reward: {{kind: reward, data: [{{path: {data}/pairs.jsonl}}]}}
+  ppo:
+    kind: ppo
+    rewards: [stages.reward]
+    max_new_tokens: 32
+    data: [{{path: {data}/chats.jsonl}}]
+"""
+
+
+@pytest.fixture
+def ppo(tmp_path: Path, data: Path, model: str) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(PPO.format(model=model, data=data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("reward_model=stages.reward", "write `rewards: [stages.reward]`"),
+        ("response_length=53", "write `max_new_tokens: 53` beside `train`"),
+        ("kl_coef=0.1", "write it in `train`: `train: {kl_coef: ...}`"),
+        ("train.response_length=53", "write `max_new_tokens: 53` beside `train`"),
+        ("train.max_new_tokens=53", "write it beside `train`"),
+        ("train.placement=separate", "write it beside `train`"),
+        ("train.num_generations=4", "kind: grpo compares several answers to it"),
+        ("train.num_iterations=4", "write num_ppo_epochs"),
+        ("train.sft_model_path=x", "write `model: stages.sft` beside `train`"),
+        ("train.ref_model=x", "the reference is the model that the stage was given"),
+        ("train.num_sample_generations=10", "write `samples: {every: 10, prompts: 8}`"),
+        ("train.local_rollout_forward_batch_size=8", "per_device_train_batch_size answers at a time"),
+        ("train.batch_size=8", "per_device_train_batch_size x gradient_accumulation_steps x workers"),
+        ("train.stop_token=eos", "ends with a stop token of the model's generation config"),
+        ("train.cliprang=0.1", "did you mean cliprange?"),
+        ("train.temperature=0.7", "`temperature: 1.0`"),
+    ],
+)
+def test_what_other_tools_call_it_is_told_with_what_to_write(ppo: Path, key: str, says: str) -> None:
+    path = "stages.ppo." + key.partition("=")[0]
+    assert says in problems(ppo, f"stages.ppo.{key}")[path][1]
+
+
+def test_what_the_value_model_begins_as_is_looked_at_as_other_models_are(ppo: Path, model: str) -> None:
+    assert problems(ppo, "stages.ppo.value_model=stages.rewrd")["stages.ppo.value_model"][1] == (
+        "there is no stage 'rewrd'; did you mean reward?"
+    )
+    assert "no config.json" in problems(ppo, "stages.ppo.value_model=.")["stages.ppo.value_model"][1]
+    (ppo.parent / "value").symlink_to(model)
+    read = load_spec(ppo, ["stages.ppo.value_model=value"])
+    assert read.references("ppo") == {
+        "model": [model], "rewards": ["stages.reward"], "value_model": [str(ppo.parent / "value")],
+    }  # fmt: skip
+
+
+def test_rewards_of_reinforcement_learning_are_looked_at_before_anything_starts(ppo: Path) -> None:
+    assert problems(ppo, "stages.ppo.rewards.0=stages.ppo")["stages.ppo"][1].startswith("the stages go round")
+    (ppo.parent / "own_rewards.py").write_text("from math import exp\n\ndef short(completions, **_):\n    return 0\n")
+    for name in ("short", "exp"):
+        assert load_spec(ppo, [f"stages.ppo.rewards.0=own_rewards:{name}"])
+    wrong = problems(ppo, "stages.ppo.rewards.0=own_rewards:shot")["stages.ppo.rewards.0"][1]
+    assert "own_rewards.py has no 'shot'; did you mean short?" in wrong
+    assert "no module 'my_rewards'" in problems(ppo, "stages.ppo.rewards.0=my_rewards:short")["stages.ppo.rewards.0"][1]
+    (ppo.parent / "own_rewards.py").write_text("from math import *\n")
+    assert load_spec(ppo, ["stages.ppo.rewards.0=own_rewards:exp"])  # what it has is known when it is imported
+
+
+def test_a_prompt_has_to_have_room(ppo: Path) -> None:
+    said = problems(ppo, "stages.ppo.max_new_tokens=256")["stages.ppo.max_new_tokens"][1]
+    assert said == "256 leaves no room for a prompt in the model's 256 positions"
+
+
+def test_vllm_wants_gpus_in_the_workers(ppo: Path) -> None:
+    assert load_spec(ppo, ["stages.ppo.engine=vllm"])  # it may be sent to a cluster that has them
+    found = problems(ppo, "stages.ppo.engine=vllm", "cluster={gpus_per_worker: 0}")["stages.ppo.engine"][1]
+    assert "vllm runs in the workers that train, which have no GPU" in found

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.artifacts import RunFolder
+from pipeline.progress import Terminal, brief
 from pipeline.report import write_report
 from pipeline.tables import render_run, sweep_tables, warnings
 
@@ -103,3 +104,50 @@ def test_warnings_of_the_stages_themselves_are_shown(tmp_path: Path) -> None:
     write_report(folder)
     page = (tmp_path / "report.html").read_text()
     assert "<p>answers run away</p>" in page and "dpo: &lt;b&gt;longer" in page
+
+
+def test_what_is_told_of_reinforcement_learning(tmp_path: Path) -> None:
+    ppo = {
+        "loss": 0.012,
+        "reward": 0.5,
+        "eval_reward": 0.25,
+        "kl": 3.0,
+        "kl_per_token": 0.4,
+        "stopped": 0.875,
+        "answer_tokens": 12.5,
+    }
+    grpo = {name: value for name, value in ppo.items() if name not in ("kl", "eval_reward")}
+    assert brief(ppo) == "reward 0.500, eval reward 0.250, kl 3.000, stopped 0.875, answer tokens 12.500"
+    assert brief(grpo) == "reward 0.500, kl per token 0.400, stopped 0.875, answer tokens 12.500"
+    assert brief({"loss": 0.5, "eval_loss": 0.25, "stopped": 0.5}) == "loss 0.500, eval loss 0.250, stopped 0.500"
+    folder = run_folder(
+        tmp_path, {"a": ppo, "b": ppo | {"eval_reward": 0.375}}, {"ppo": {"a": {"x": 1}, "b": {"x": 2}}}
+    )
+    (table,) = sweep_tables(folder)
+    assert table.columns == ["variant", "x", "eval reward", "kl", "kl per token"]  # the loss says nothing
+    assert table.best == {(1, 2)}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_run(folder))
+    text = " ".join(console.export_text().split())
+    assert "eval reward 0.250" in text and "…" not in text
+
+
+def test_the_live_line_shows_what_is_learned(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    events.write_text(
+        json.dumps({"phase": "train", "steps": 8})
+        + "\n"
+        + json.dumps({"done": 4, "total": 8, "unit": "step", "reward": 0.5, "kl": 1.25})
+        + "\n"
+    )
+    told = io.StringIO()
+    terminal = Terminal(console=Console(file=told, width=80))
+    terminal.stage("ppo", "ppo", "running")
+    terminal.told["ppo"] = -1e9
+    terminal.follow("ppo", events)
+    terminal.told["ppo"] = -1e9
+    terminal._event("ppo", {"done": 8, "total": 8, "unit": "step", "loss": 0.5})
+    assert "train 8/8 steps  loss 0.500" in told.getvalue()
+    terminal.told["ppo"] = -1e9
+    terminal._event("ppo", {"done": 4, "total": 8, "unit": "step", "reward": 0.5, "kl": 1.25})
+    assert "train 4/8 steps  reward 0.500  kl 1.250" in told.getvalue()

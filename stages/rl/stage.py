@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from stages.base import ArtifactKind, Config, StageContext
 from stages.data.encode import Recipe, Task
 from stages.data.source import DataSource
 from stages.errors import DataError
-from stages.generate import engine_problem
 from stages.rewards import Reward, Scorer, check, is_function, scorers
+from stages.rl import words
 from stages.training.architecture import positions
 from stages.training.stage import TrainStage
 
 Engine = Literal["auto", "transformers", "vllm"]
+TOGETHER = 64  # answers that are sampled together, at least
 
 
 class Kept(Config):
@@ -26,6 +28,18 @@ class Kept(Config):
         default=10, ge=1, description="Iterations from one time to the next; the last one is always kept."
     )
     prompts: int = Field(default=8, ge=0, description="Of the iteration's prompts, the first so many; 0: none.")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a worker has in memory besides the policy that it trains, for the plan."""
+
+    value: str | None = None  # the model, as it is written, that a value model of the same size as it begins as
+    rewards: tuple[str, ...] = ()  # reward models, as they are written
+    reference: Literal["", "whole", "shared"] = ""  # frozen, where the policy has no adapter; shared out under ZeRO-3
+    sampled: int = 1  # answers that are sampled together
+    whole_logits: bool = True  # those of all tokens of the answers are held at once
+    processes: int = 0  # that judge, each with the resources of a worker
 
 
 class RLStage(TrainStage):
@@ -49,13 +63,7 @@ class RLStage(TrainStage):
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"model": ("model",), "rewards": ("reward model",)}
     produces: ClassVar = "model"
     task: ClassVar[Task] = "prompt"
-
-    @field_validator("engine")
-    @classmethod
-    def _engine(cls, value: Engine) -> Engine:
-        if problem := engine_problem(value):
-            raise ValueError(problem)
-        return value
+    instead: ClassVar[Mapping[str, str]] = words.COMMON
 
     @model_validator(mode="after")
     def _prompts_are_not_cut(self) -> RLStage:
@@ -68,6 +76,15 @@ class RLStage(TrainStage):
     def references(self) -> dict[str, list[str]]:
         models = [term.reward for term in self.rewards if not is_function(term.reward)]
         return {"model": [] if self.model is None else [self.model], "rewards": models}
+
+    @property
+    def answers_to_each(self) -> int:
+        """Answers to a prompt in an iteration."""
+        return 1
+
+    def beside(self, workers: int, inputs: Mapping[str, Sequence[str]]) -> Beside:
+        """`inputs`: field -> models, as `references` has them, with the spec's own where the stage names none."""
+        return Beside(rewards=tuple(inputs.get("rewards", ())))
 
     def functions(self) -> list[str]:
         return [term.reward for term in self.rewards if is_function(term.reward)]

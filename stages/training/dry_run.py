@@ -8,6 +8,7 @@ are alike three are run, and the middle one is repeated in the count: a second o
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import weakref
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class Shape:
     head: Head
     rows: int  # sequences of a micro-batch: pairs are two
     length: int  # tokens of each
+    scored: int | None = None  # those of which the head computes the logits, where it is not all
     half: bool = False  # weights in bfloat16 rather than float32
     autocast: bool = False  # bfloat16 inside operations
     checkpointing: bool = False
@@ -91,19 +93,34 @@ def dry_run(shape: Shape) -> DryRun:
     Raises:
         Unpredictable: no such model type in transformers, or the config is not one.
     """
+    try:
+        with fake():
+            model = build(shape)
+            anatomy = _anatomy(model, shape)
+            try:
+                return DryRun(anatomy, _step(model, shape))
+            except FAILURES as error:
+                return DryRun(anatomy, formula(anatomy, shape), _first_line(error))
+    except FAILURES as error:
+        raise Unpredictable(_first_line(error)) from error
+
+
+@contextlib.contextmanager
+def fake() -> Iterator[None]:
+    """Tensors that are made here have a shape and a type, and no data.
+
+    No garbage is collected meanwhile: where that of an earlier run has cycles (PEFT's modules_to_save has), torch 2.13 is
+    killed by a segmentation fault when it is freed in the middle of another.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with _quiet():
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _experts_without_data():
-                model = _build(shape)
-                anatomy = _anatomy(model, shape)
-                try:
-                    return DryRun(anatomy, _step(model, shape))
-                except FAILURES as error:
-                    return DryRun(anatomy, formula(anatomy, shape), _first_line(error))
-        except FAILURES as error:
-            raise Unpredictable(_first_line(error)) from error
+    gc.collect()
+    gc.disable()
+    try:
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), _experts_without_data():
+            yield
+    finally:
+        gc.enable()
 
 
 def _first_line(error: BaseException) -> str:
@@ -119,7 +136,8 @@ def formula(anatomy: Anatomy, shape: Shape) -> np.ndarray:
     layer = 34 * wide * tokens * anatomy.hidden
     kept = 2 * wide * tokens * anatomy.hidden
     activations = anatomy.layers * kept + layer if shape.checkpointing else anatomy.layers * layer
-    logits = tokens * anatomy.vocabulary * 2 * wide if shape.head == "trained" else 0
+    scored = shape.rows * min(shape.length, shape.scored or shape.length)
+    logits = scored * anatomy.vocabulary * 2 * wide if shape.head == "trained" else 0
     gradients = anatomy.trainable * (2 if shape.half and shape.lora is None else 4)
     return np.array([[activations, logits, 0], [layer, 0, gradients]], dtype=np.int64)
 
@@ -137,7 +155,7 @@ def load_config(text: str) -> Any:
     return AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "quantization_config"})
 
 
-def _build(shape: Shape) -> Any:
+def build(shape: Shape) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -193,7 +211,7 @@ def _anatomy(model: Any, shape: Shape) -> Anatomy:
 
 def _step(model: Any, shape: Shape) -> np.ndarray:
     """The series of the micro-batch."""
-    meter = _meter_class()([*model.parameters(), *model.buffers()])
+    meter = meter_class()([*model.parameters(), *model.buffers()])
     layers = _layers(model, shape)
     cuts = _Cuts(meter, layers) if layers is not None and len(layers) > 3 and _alike(layers) else None
     with meter:
@@ -271,7 +289,7 @@ def _pass(model: Any, shape: Shape, meter: Any) -> None:
             scores = base.score(above)
             torch.autograd.backward(scores, torch.empty_like(scores))
         else:
-            trained_head(base.get_output_embeddings(), above)
+            trained_head(base.get_output_embeddings(), above if shape.scored is None else above[:, : shape.scored])
         meter.label = ACTIVATIONS
     gradient, above.grad, above = above.grad, None, None
     torch.autograd.backward(hidden, gradient)
@@ -294,7 +312,7 @@ def trained_head(head: Any, hidden: Any) -> None:
 
 
 @lru_cache
-def _meter_class() -> Any:
+def meter_class() -> Any:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

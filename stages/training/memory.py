@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from stages.training.deepspeed import offload, zero_stage
-from stages.training.dry_run import Anatomy, Shape, dry_run
+from stages.training.dry_answers import Sampling, dry_answers
+from stages.training.dry_run import LOGITS, Anatomy, DryRun, Shape, dry_run
 
 GIB = 1 << 30
 # Of a process that has imported the trainers: its resident memory on a CPU; on a GPU the CUDA context and cuBLAS'
@@ -41,9 +44,10 @@ class Memory:
     logits: int
     buffers: int  # of communication: DDP's and ZeRO's buckets, weights that ZeRO-3 has gathered
     fixed: int
-    moment: str  # backward, optimizer step, merge or export
+    moment: str  # backward, optimizer step, sampling, merge or export
     host: int = 0  # what is offloaded to the machine's main memory
     estimated: str = ""  # why activations come from a formula, where they do
+    frozen: int = 0  # whole models beside the ones that are trained: the reference, reward models
 
     @property
     def total(self) -> int:
@@ -98,9 +102,25 @@ def optimizer_bytes(name: str, anatomy: Anatomy) -> int:
     return int(each * anatomy.trainable)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What reinforcement learning has in a worker besides the policy.
+
+    Args:
+        value: a value model, trained in the same steps; its micro-batch is the policy's.
+        frozen: bytes of whole models, as they are loaded; `shared`: of those that are partitioned as the policy is.
+    """
+
+    value: Shape | None = None
+    frozen: int = 0
+    shared: int = 0
+    sampling: Sampling | None = None
+
+
 def predict(
     shape: Shape,
     *,
+    beside: Beside = Beside(),
     workers: int = 1,
     accumulation: int = 1,
     optim: str = "adamw_torch_fused",
@@ -118,14 +138,18 @@ def predict(
     Raises:
         Unpredictable: the model cannot be built from its config.
     """
-    run = dry_run(shape)
+    policy = run = dry_run(shape)
+    if beside.value is not None:
+        run = both(policy, dry_run(beside.value))
     anatomy = run.anatomy
     zero = Zero.of(deepspeed, anatomy.hidden)
+    partitioned = zero is not None and zero.stage == 3
+    frozen = beside.frozen + (beside.shared // workers if partitioned else beside.shared)
     held = weight_bytes(anatomy, half=shape.half, four_bits=four_bits, double_quant=double_quant)
     state = optimizer_bytes(optim, anatomy)
     each = int(run.series[-1, 2])  # bytes of all gradients
     fixed = CUDA_CONTEXT + (NCCL if workers > 1 else 0) if shape.gpu else CPU_PROCESS
-    base = Memory(held, 0, state, 0, 0, 0, fixed, "backward", 0, run.estimated)
+    base = Memory(held, 0, state, 0, 0, 0, fixed, "backward", 0, run.estimated, frozen)
     stay = accumulation > 1
     activations, logits, gradients = run.peak(stay or (zero is not None and zero.stage >= 2))
     if stay:
@@ -140,11 +164,17 @@ def predict(
     else:
         backward, step = (_shared(m, zero, anatomy, each, shape, workers) for m in (backward, step))
     moments = [backward, step]
-    if zero is not None and zero.stage == 3 and not shape.gpu:  # the first worker gathers all weights, and casts them
+    if beside.sampling is not None:
+        cache, drawn = dry_answers(shape, beside.sampling)
+        whole = weight_bytes(policy.anatomy, half=shape.half, four_bits=four_bits) if partitioned else 0
+        sampling = replace(step, gradients=0, activations=cache, logits=drawn, buffers=max(step.buffers, whole))
+        moments.append(replace(sampling, moment="sampling"))
+    if partitioned and not shape.gpu:  # the first worker gathers all weights, and casts them
+        assert zero is not None
         shared = step.gradients - (0 if zero.optimizer_offloaded else 4 * anatomy.trainable // workers)
         moments.append(replace(step, gradients=max(shared, 0), activations=0, buffers=2 * held, moment="export"))
     if shape.lora is not None:
-        again = merge_bytes(shape.config, anatomy)
+        again = merge_bytes(shape.config, policy.anatomy)
         if shape.gpu:
             moments = [replace(m, host=max(m.host, again)) for m in moments]
         else:
@@ -152,11 +182,46 @@ def predict(
     return max(moments, key=lambda m: m.total)
 
 
+def both(policy: DryRun, value: DryRun) -> DryRun:
+    """A policy and a value model in one step: the policy's forward pass, the value model's passes, and the policy's backward
+    pass, since what was computed last goes back first."""
+    first, second = policy.series, value.series
+    at = int(first[:, LOGITS].argmax())  # the policy's forward pass is over
+    series = np.concatenate([first[: at + 1], second + first[at], first[at + 1 :] + second[-1]])
+    a, b = policy.anatomy, value.anatomy
+    largest = {name: max(getattr(a, name), getattr(b, name)) for name in ("largest_linear", "largest_trainable")}
+    summed = {
+        name: getattr(a, name) + getattr(b, name)
+        for name in ("parameters", "trainable", "weight_bytes", "buffer_bytes", "quantised", "adapted", "factored")
+    }
+    return DryRun(replace(a, **summed, **largest), series, policy.estimated or value.estimated)
+
+
+def frozen_bytes(config: str, *, reward: bool = False, dtype: str | None = None) -> int:
+    """A whole model that is not trained.
+
+    Args:
+        dtype: it is loaded as; by default what its config says, which is what its weights are stored in.
+
+    Raises:
+        Unpredictable: the model cannot be built from its config.
+    """
+    run = dry_run(
+        Shape(config, "score" if reward else "trained", rows=1, length=8, half="16" in (dtype or stored_in(config)))
+    )
+    return weight_bytes(run.anatomy, half=False, four_bits=False)
+
+
+def stored_in(config: str) -> str:
+    """The dtype of a model's weights by its config."""
+    said = json.loads(config)
+    return str(said.get("dtype", said.get("torch_dtype")))
+
+
 def merge_bytes(config: str, anatomy: Anatomy) -> int:
     """What the first worker takes of the main memory to merge an adapter (stages/training/export.py): the base once more in
     float32, the weights that change, and all in the base's own type where that is a shorter one."""
-    said = json.loads(config)
-    half = "16" in str(said.get("dtype", said.get("torch_dtype")))
+    half = "16" in stored_in(config)
     return 4 * (anatomy.parameters + anatomy.adapted) + (2 * anatomy.parameters if half else 0)
 
 

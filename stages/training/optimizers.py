@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages.errors import nearest
+
 
 def is_own(name: Any) -> bool:
     """Whether a value of `optim` or `lr_scheduler_type` names something of the user's: the trainer's names have no dots."""
@@ -39,7 +41,24 @@ def problem(path: str, folder: str) -> str | None:
     top = path.partition(":")[0].split(".")[0]
     if importlib.machinery.PathFinder.find_spec(top, [*sys.path, folder]) is None:
         return f"{path!r}: there is no module {top!r} in {folder} or in the environment"
+    name, file = path.partition(":")[2], source(path, folder)
+    names = _names(file) if name and file is not None and file.is_relative_to(folder) else None
+    if names is not None and name not in names:
+        return f"{path!r}: {file} has no {name!r}{nearest(name, names)}"
     return None
+
+
+def _names(file: Path) -> set[str] | None:
+    """Names that a module may have, of what it defines and imports; None where they cannot be told without importing it."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):
+        return None
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imported = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    names |= {alias.asname or alias.name.split(".")[0] for alias in imported}
+    return None if names & {"*", "__getattr__"} else names
 
 
 def source(path: str, folder: str) -> Path | None:

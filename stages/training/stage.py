@@ -29,6 +29,7 @@ from stages.training.consumption import FILE as CONSUMED
 from stages.training.consumption import check_consumption
 from stages.training.deepspeed import deepspeed_config, zero_stage
 from stages.training.export import template_hash
+from stages.training.feed import Position, Shares, total_steps
 from stages.training.job import Build, TrainJob
 from stages.training.kernels import Attention
 from stages.training.launch import launch, quiet_ray
@@ -133,6 +134,25 @@ class TrainStage(Stage):
     def check_data(self, data: Prepared) -> list[str]:
         """Warnings. Raises DataError for data that the stage cannot be trained on."""
         return []
+
+    def cut(self, workers: int) -> tuple[Shares, int]:
+        """How rows are cut into steps of the feed, and how many optimiser steps are made of each."""
+        given = self.train.given()
+        batch, accumulation = given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1)
+        return Shares(workers, batch, accumulation), 1
+
+    def most_steps(self, workers: int) -> int:
+        """Optimiser steps that are asked for whatever rows there are; 0 where it is epochs that are asked for."""
+        return max(int(self.train.given().get("max_steps", 0)), 0)
+
+    def planned_steps(self, rows: int, workers: int) -> int:
+        """Optimiser steps over `rows` rows, as a worker (trainer.py) counts them."""
+        shares, updates = self.cut(workers)
+        if most := self.most_steps(workers):
+            return -(-most // updates) * updates
+        defaults = library_defaults(self.train.library)
+        epochs = self.train.given().get("num_train_epochs", defaults.get("num_train_epochs", 3.0))
+        return total_steps(shares, rows, epochs, Position()) * updates
 
     def lora(self) -> dict[str, Any] | None:
         """PEFT's options, or None for full training."""

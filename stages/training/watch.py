@@ -24,8 +24,10 @@ def report_callback(work: Path) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero and (time.time() - self.told > 0.5 or state.global_step == state.max_steps):
                 self.told = time.time()
-                last = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
-                self.reporter.progress(state.global_step, state.max_steps, "step", loss=last)
+                last: dict[str, Any] = next((e for e in reversed(state.log_history) if "loss" in e), {})
+                told = ("reward", "kl") if "reward" in last else ("loss",)
+                values = {name: last[name] for name in told if name in last}
+                self.reporter.progress(state.global_step, state.max_steps, "step", **values)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if state.is_world_process_zero and ("loss" in logs or "eval_rows" in logs):
