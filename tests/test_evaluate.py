@@ -217,3 +217,11 @@ def test_greedy_answers_are_counted_to_the_end_of_their_stop_token(policy: Any, 
         assert told["stopped"] == (stop in new)
         tokens += len(new)
     assert counts["answer_tokens"] == tokens and counts["sampled"] == len(given)
+
+
+def test_a_policy_has_the_model_it_was_given_as_reference_and_is_compared_by_likelihood() -> None:
+    given = {"model": [{"model": "/sft"}], "rewards": [{"model": "/reward"}]}
+    for kind, implicit in (("ppo", False), ("grpo", False), ("rloo", False), ("dpo", True)):
+        made = Artifact(kind, "model", "/m", {"kind": kind, "inputs": given})
+        assert (reference_of(made), has_implicit_reward(made)) == ("/sft", implicit)
+    assert reference_of(Artifact("sft", "model", "/m", {"kind": "sft", "inputs": given})) is None

@@ -297,7 +297,6 @@ def steps_of_a_run(updates: int, prompts: int, rows: int, max_steps: int = -1, e
         ("ppo", {"gradient_accumulation_steps": 2, "num_train_epochs": 1.5}, 1, {"updates": 4, "prompts": 16, "epochs": 1.5}),
         ("ppo", {"max_steps": 9}, 1, {"updates": 4, "prompts": 8, "max_steps": 9}),
         ("ppo", {"total_episodes": 100}, 3, {"updates": 4, "prompts": 24, "max_steps": 5 * 4}),
-        ("ppo", {"total_episodes": 100, "max_steps": 3}, 3, {"updates": 4, "prompts": 24, "max_steps": 5 * 4}),
         ("grpo", {"num_generations": 4}, 2, {"updates": 1, "prompts": 4}),
         ("grpo", {"num_generations": 2, "steps_per_generation": 4, "num_iterations": 3}, 1, {"updates": 12, "prompts": 16}),
         ("rloo", {"num_generations": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}, 1,
