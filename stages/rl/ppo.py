@@ -22,7 +22,6 @@ from stages.answering import answered, as_answer
 from stages.base import Artifact, StageContext
 from stages.errors import StageError
 from stages.rewards import Scorer
-from stages.rl.actor_critic import Acted, ActorCritic
 from stages.rl.advantages import KLCoefficient
 from stages.rl.engines import TransformersEngine, VLLMEngine, gathered
 from stages.rl.iterations import Iterations
@@ -108,6 +107,8 @@ def build_trainer(parts: TrainerParts) -> Any:
     """The trainer of one worker."""
     import torch
     import transformers
+
+    from stages.rl.actor_critic import Acted, ActorCritic
 
     class PPOTrainer(Iterating, Fed, transformers.Trainer):
         options: PPOOptions
