@@ -4,8 +4,8 @@
     python tests/bench/ppo.py gsm8k_train.jsonl --trl OTHER/bin/python [--rounds 3] [--episodes 512] [--learning]
 
 Prompts are the beginnings of questions. Policy, reference, reward and value model have 1.25 million parameters each; an
-iteration is 64 answers of at most 48 tokens, trained on four times as one mini-batch of four micro-batches of 16; two threads,
-float32. Every way is a process of its own and they take turns; what counts is the median of the ratios of one turn. Counted is
+iteration is 64 answers of at most 48 tokens, trained on four times as one mini-batch of four micro-batches of 16;
+float32, two threads: of one process, and of ours besides as two workers of one each. Every way is a process of its own and they take turns; what counts is the median of the ratios of one turn. Counted is
 training from its beginning to its end, without imports and export. Told besides: processor time after imports.
 
 `--learning`: more answers at a higher learning rate, to see that what is learned is no worse: the mean score that the reward
@@ -114,12 +114,12 @@ def trl(folder: Path) -> Figures:
     return told(folder, seconds, processor, scores)
 
 
-def ours(folder: Path) -> Figures:
+def ours(folder: Path, workers: int = 1) -> Figures:
     import ray
     import torch
 
     from stages import PPO, StageContext
-    from stages.base import Artifact
+    from stages.base import Artifact, Resources
     from stages.training.trainer import import_trainers
 
     import_trainers()
@@ -129,7 +129,7 @@ def ours(folder: Path) -> Figures:
     work = Path(tempfile.mkdtemp(dir=folder))
     arguments = {
         "learning_rate": train["learning_rate"], "total_episodes": train["episodes"], "save_strategy": "no",
-        "per_device_train_batch_size": MICRO, "gradient_accumulation_steps": ITERATION // MICRO,
+        "per_device_train_batch_size": MICRO, "gradient_accumulation_steps": ITERATION // MICRO // workers,
     }  # fmt: skip
     config = {
         "data": [{"path": str(folder / "prompts.jsonl")}], "rewards": [{"reward": "stages.reward"}],
@@ -141,7 +141,8 @@ def ours(folder: Path) -> Figures:
         "rewards": [Artifact("reward", "reward model", str(folder / "reward"))],
     }
     before = time.process_time()
-    result = PPO.model_validate(config).run(StageContext("ppo", work, work / "prepared", inputs))
+    context = StageContext("ppo", work, work / "prepared", inputs, resources=Resources(workers=workers))
+    result = PPO.model_validate(config).run(context)
     processor = time.process_time() - before
     lines = [json.loads(line) for line in (work / "metrics.jsonl").open()]
     # TRL's scores have lost the penalty of answers that do not end.
@@ -156,16 +157,21 @@ def ours(folder: Path) -> Figures:
     return told(folder, result.metrics["train_seconds"], processor, scores)
 
 
-WAYS: dict[str, Callable[[Path], Figures]] = {"ours": ours, "trl": trl}
+WAYS: dict[str, Callable[[Path], Figures]] = {"ours": ours, "two": lambda folder: ours(folder, 2), "trl": trl}
 
 
 def run(way: str, folder: str, python: str, verbose: bool) -> Figures:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1" if way == "two" else "2",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     environment |= {"HF_HUB_OFFLINE": "1", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
     done = subprocess.run([python, __file__, folder, "--way", way], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{way}:\n{done.stderr[-3000:]}")
-    if verbose and way == "ours":
+    if verbose and way != "trl":
         print(done.stderr.strip().splitlines()[-1])
     found: Figures = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"{way:5}{found}, machine's load {os.getloadavg()[0]:.1f}", flush=True)
@@ -186,17 +192,19 @@ def main() -> None:
         print(json.dumps(WAYS[options.way](options.rows)), flush=True)
         return
     episodes, rate = (2048, 3e-4) if options.learning else (options.episodes, 1e-5)
-    ways = {"ours": sys.executable} | ({"trl": options.trl} if options.trl else {})
+    ways = dict.fromkeys(("ours", "two"), sys.executable) | ({"trl": options.trl} if options.trl else {})
     with tempfile.TemporaryDirectory() as folder:
         make(options.rows, Path(folder), episodes, rate)
         rounds = 1 if options.learning else options.rounds
         seen = [{way: run(way, folder, python, options.verbose) for way, python in ways.items()} for _ in range(rounds)]
     if options.trl:
-        for unit, ratios in (
-            ("episodes/s", [r["ours"]["episodes_per_second"] / r["trl"]["episodes_per_second"] for r in seen]),
-            ("episodes a processor second", [r["trl"]["processor"] / r["ours"]["processor"] for r in seen]),
+        speed = "episodes_per_second"
+        for what, ratios in (
+            ("ours / trl, episodes/s", [r["ours"][speed] / r["trl"][speed] for r in seen]),
+            ("ours / trl, episodes a processor second", [r["trl"]["processor"] / r["ours"]["processor"] for r in seen]),
+            ("ours by two workers / trl, episodes/s", [r["two"][speed] / r["trl"][speed] for r in seen]),
         ):
-            print(f"ours / trl, {unit}: median {statistics.median(ratios):.2f} of {[round(r, 2) for r in ratios]}")
+            print(f"{what}: median {statistics.median(ratios):.2f} of {[round(r, 2) for r in ratios]}")
 
 
 if __name__ == "__main__":
