@@ -23,8 +23,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow"
 
+# BUDGET: minutes after which no further one is begun.
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(if $(BUDGET),--budget $(BUDGET))
 
 check: install
 	$(BIN)/ruff check .

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,45 @@ LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 256, "tie_word_embeddings": True, "initializer_range": 0.06,
 }  # fmt: skip
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--budget", type=float, metavar="MINUTES", help="slow tests that would begin after so many minutes are skipped"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget is not None and item.get_closest_marker("slow") and time.monotonic() - BEGUN > 60 * budget:
+        pytest.skip(f"no time left of {budget:g} minutes")
+
+
+PREPARED = Path(tempfile.mkdtemp(prefix="pytest-prepared-"))
+atexit.register(shutil.rmtree, PREPARED, ignore_errors=True)
+
+
+@contextmanager
+def prepared_beside(work: Path) -> Iterator[Path]:
+    """A folder for prepared data beside a stage's, with what other tests have prepared (it is addressed by content), so that
+    each test of a training does not prepare the same rows again. References and samples are a test's own."""
+
+    def link(source: Path, target: Path) -> None:
+        for folder in source.glob("[!.]*"):
+            if (
+                not any(part in folder.name for part in ("reference", "samples"))
+                and not (target / folder.name).exists()
+            ):
+                shutil.copytree(folder, target / folder.name, copy_function=os.link)
+
+    folder = work.parent / "prepared"
+    folder.mkdir(parents=True, exist_ok=True)
+    link(PREPARED, folder)
+    yield folder
+    link(folder, PREPARED)
 
 
 def chat(rng: random.Random, turns: int = 2) -> list[dict[str, str]]:

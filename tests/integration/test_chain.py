@@ -142,6 +142,7 @@ def test_plan_status_report_inspect(finished: Path) -> None:
     assert raylign(finished, "inspect", "spec.yaml", "--stage", "nope").returncode == 2
 
 
+@pytest.mark.slow
 def test_chat(finished: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(
@@ -163,6 +164,7 @@ def test_a_changed_stage_runs_alone_and_changing_it_back_finds_the_old_one(finis
     assert done.stdout.count("unchanged") == 5 and manifest(finished, "dpo")["fingerprint"] == old
 
 
+@pytest.mark.slow
 def test_a_gate_that_fails_ends_with_1_and_says_so(finished: Path) -> None:
     gate = "stages.eval.gates=[{metric: exact_match, of: stages.dpo, over: stages.sft, at_least: 0.99}]"
     done = raylign(finished, "run", "spec.yaml", "--set", gate)

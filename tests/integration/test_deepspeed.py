@@ -48,11 +48,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> t
 @pytest.mark.parametrize(
     "config",
     [
-        {"deepspeed": "zero1"},
-        {"deepspeed": "zero2+offload"},
+        pytest.param({"deepspeed": "zero1"}, marks=pytest.mark.slow),
+        pytest.param({"deepspeed": "zero2+offload"}, marks=pytest.mark.slow),
         {"deepspeed": "zero3+offload_params", "train": short(4, gradient_checkpointing=True)},
     ],
-    ids=lambda config: config["deepspeed"],
+    ids=["zero1", "zero2+offload", "zero3+offload_params"],
 )
 def test_zero_and_offload_change_nothing(
     tmp_path: Path, model: str, data: Path, plain: tuple[Path, list[float]], config: dict[str, Any]

@@ -29,6 +29,7 @@ def losses_of(folder: Path, model: str, *, samples: bool) -> list[list[float]]:
     return [one["losses"] for one in told]
 
 
+@pytest.mark.slow
 def test_sampling_gathers_the_weights_and_training_goes_on_as_if_nothing_had_been(model: str, tmp_path: Path) -> None:
     with_samples = losses_of(tmp_path / "with", model, samples=True)
     assert with_samples == losses_of(tmp_path / "without", model, samples=False)

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stages import Evaluate, StageContext
 from stages.base import Artifact, Resources, StageResult
 
+from ..conftest import prepared_beside
+
 pytestmark = pytest.mark.usefixtures("ray_address")
 
 
@@ -46,10 +48,11 @@ def evaluate(folder: Path, models: list[Artifact], data: list[Path], workers: in
     work.mkdir()
     common = {"models": ["m"], "data": [{"path": str(path)} for path in data], "max_new_tokens": 8, "batch_size": 4}
     stage = Evaluate.model_validate(common | config)
-    context = StageContext(
-        "eval", work, folder.parent / "prepared", {"models": models}, resources=Resources(workers=workers), local=workers == 1
-    )  # fmt: skip
-    return stage.run(context)
+    with prepared_beside(folder) as prepared:
+        context = StageContext(
+            "eval", work, prepared, {"models": models}, resources=Resources(workers=workers), local=workers == 1
+        )
+        return stage.run(context)
 
 
 def floats(metrics: dict[str, Any]) -> dict[str, float]:

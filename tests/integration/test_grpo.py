@@ -21,7 +21,7 @@ from stages.errors import StageError
 from stages.training import stage as training_stage
 from stages.training import trainer as trainer_module
 
-from ..conftest import chat, write_jsonl
+from ..conftest import chat, prepared_beside, write_jsonl
 from .test_training import weights
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -82,11 +82,12 @@ def stage(
     } | config.get("train", {})  # fmt: skip
     made = KINDS[kind].model_validate({"kind": kind} | settings)
     folder.mkdir(parents=True, exist_ok=True)
-    context = StageContext(
-        "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)], "rewards": [judge] if judge else []},
-        resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config, code=str(prompts),
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, prepared_beside(folder) as prepared:
+        inputs = {"model": [Artifact("base", "model", model)], "rewards": [judge] if judge else []}
+        context = StageContext(
+            "stage", folder, prepared, inputs, resources=Resources(workers=workers),
+            local=workers == 1 and "deepspeed" not in config, code=str(prompts),
+        )  # fmt: skip
         if worker is not None:
             patch.setattr(training_stage, "train_on_worker", worker)
         return made.run(context)
@@ -233,8 +234,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory, model: str) -> Artifact:
 LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 SHARED = [
     ("grpo", 1, {"tuning": LORA}),
-    ("grpo", 2, {}),
-    ("grpo", 2, {"deepspeed": "zero3"}),
+    pytest.param("grpo", 2, {}, marks=pytest.mark.slow),
+    pytest.param("grpo", 2, {"deepspeed": "zero3"}, marks=pytest.mark.slow),
     ("rloo", 2, {"deepspeed": "zero3", "tuning": LORA}),
     pytest.param("rloo", 2, {"deepspeed": "zero2"}, marks=pytest.mark.slow),
     pytest.param("grpo", 1, {"deepspeed": "zero0", "tuning": LORA}, marks=pytest.mark.slow),

@@ -17,6 +17,7 @@ from stages.errors import DataError, StageError
 from stages.ppo import PPO
 from stages.reward import Reward
 
+from ..conftest import prepared_beside
 from .test_training import weights
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -62,11 +63,12 @@ def run(
         "data": [{"path": str(rows / "chats.jsonl")}], "rewards": ["ppo_rewards:letters"], "max_new_tokens": 8,
         "train": BASE | (train or {}),
     } | more  # fmt: skip
-    context = StageContext(
-        "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)]},
-        resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config, code=str(code),
-    )  # fmt: skip
-    return PPO.model_validate(config).run(context)
+    with prepared_beside(folder) as prepared:
+        context = StageContext(
+            "stage", folder, prepared, {"model": [Artifact("base", "model", model)]},
+            resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config, code=str(code),
+        )  # fmt: skip
+        return PPO.model_validate(config).run(context)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -108,8 +110,8 @@ def test_the_reward_goes_up(tmp_path: Path, model: str, data: Path, code: Path) 
     ("workers", "config"),
     [
         (1, {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}}),
-        (2, {"train": {"per_device_train_batch_size": 4}}),
-        (2, {"train": {"per_device_train_batch_size": 4}, "deepspeed": "zero2"}),
+        pytest.param(2, {"train": {"per_device_train_batch_size": 4}}, marks=pytest.mark.slow),
+        pytest.param(2, {"train": {"per_device_train_batch_size": 4}, "deepspeed": "zero2"}, marks=pytest.mark.slow),
         (2, {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "deepspeed": "zero3"}),
         (1, {"placement": "separate"}),
     ],
@@ -134,7 +136,9 @@ def test_the_run_is_the_same_however_it_is_shared(
     assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-3
 
 
-@pytest.mark.parametrize("more", [{}, {"tuning": {"method": "lora", "r": 4}}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"tuning": {"method": "lora", "r": 4}}, marks=pytest.mark.slow)], ids=["full", "lora"]
+)
 def test_an_interrupted_run_ends_as_if_it_were_not(
     tmp_path: Path, model: str, data: Path, code: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:

@@ -24,7 +24,7 @@ from stages.training import stage as training_stage
 from stages.training import trainer as trainer_module
 from stages.training.consumption import check_consumption
 
-from ..conftest import LLAMA
+from ..conftest import LLAMA, prepared_beside
 from .test_training import train, weights
 
 ROWS = 101  # 13 steps of 8 an epoch, the last of 5
@@ -68,11 +68,11 @@ def sft(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"train": train(8 // workers, save_steps=3, logging_steps=2)} | config
     stage = KINDS["sft"].model_validate({"kind": "sft", "data": [{"path": str(data / "chats.jsonl")}]} | settings)
-    context = StageContext(
-        "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)]},
-        resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, prepared_beside(folder) as prepared:
+        context = StageContext(
+            "stage", folder, prepared, {"model": [Artifact("base", "model", model)]},
+            resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
+        )  # fmt: skip
         if at_step is not None:
             patch.setattr(training_stage, "train_on_worker", watched)
         return stage.run(context)

@@ -21,7 +21,7 @@ from stages.training import stage as training_stage
 from stages.training import trainer as trainer_module
 from stages.training.feed import FeedLoader
 
-from ..conftest import write_jsonl
+from ..conftest import prepared_beside, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -37,11 +37,12 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     config = (config or {}) | more
     stage = KINDS[kind].model_validate({"kind": kind, "data": [{"path": str(data)}]} | config)
-    context = StageContext(
-        "stage", folder, folder.parent / "prepared", {"model": [Artifact("base", "model", model)]},
-        resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
-    )  # fmt: skip
-    result = stage.run(context)
+    with prepared_beside(folder) as prepared:
+        context = StageContext(
+            "stage", folder, prepared, {"model": [Artifact("base", "model", model)]},
+            resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
+        )  # fmt: skip
+        result = stage.run(context)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     return result, [line["loss"] for line in lines if "loss" in line]
 
@@ -75,7 +76,7 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path)
     [
         (1, {"train": train(4, gradient_accumulation_steps=2)}),
         (2, {"train": train(4)}),
-        (2, {"train": train(4), "deepspeed": "zero2"}),
+        pytest.param(2, {"train": train(4), "deepspeed": "zero2"}, marks=pytest.mark.slow),
         (2, {"train": train(2, gradient_accumulation_steps=2), "deepspeed": "zero3"}),
     ],
     ids=["accumulated", "two workers", "two workers, zero2", "two workers, accumulated, zero3"],
@@ -94,6 +95,7 @@ def test_a_step_is_the_same_however_it_is_shared(
     assert max(float((got[name] - start[name]).abs().max()) for name in start) > 10 * WEIGHT_TOLERANCE  # it did train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_pairs_weigh_the_same_however_a_step_is_shared(tmp_path: Path, model: str, data: Path, kind: str) -> None:
     """37 pairs in steps of 8: the last step has 5, so two workers get 3 and 2."""
@@ -163,7 +165,9 @@ def test_packed_weighted_rows_train_and_held_out_rows_are_evaluated(tmp_path: Pa
         result, _ = run(tmp_path / name, model, "sft", data / "chats.jsonl", workers, config)
         held = result.metrics["eval_rows"]
         assert 10 < held < 32 and result.details["ledger"]["reasons"] == {"held_out": held}
-        evaluated = [r for f in (tmp_path / "prepared").glob("*/eval-*.parquet") for r in pq.read_table(f).to_pylist()]
+        evaluated = [
+            r for f in Path(result.details["prepared"]).glob("eval-*.parquet") for r in pq.read_table(f).to_pylist()
+        ]
         sums = trained_token_loss(AutoModelForCausalLM.from_pretrained(model), evaluated, 0, 8)
         assert result.metrics["eval_loss"] == pytest.approx(sums["nll"] / sums["tokens"], rel=1e-5)
 

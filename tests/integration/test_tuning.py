@@ -87,6 +87,7 @@ def test_a_qlora_export_is_the_function_that_was_trained(tmp_path: Path, model: 
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_qlora_reward_model_of_two_workers(tmp_path: Path, model: str, data: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tuning = {"method": "qlora", "r": 4, "use_dora": True}
