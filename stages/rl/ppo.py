@@ -387,7 +387,7 @@ def build_trainer(parts: TrainerParts) -> Any:
             return super().trained_model(**options).policy
 
         def trained_state(self) -> dict[str, Any]:
-            state = super().trained_state()
+            state = super().trained_state() or {}  # ZeRO-3 gathers them on the first worker alone
             return {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
 
         def save_adapter(self, folder: str) -> None:

@@ -60,7 +60,7 @@ def run(
 ) -> StageResult:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "data": [{"path": str(rows / "chats.jsonl")}], "rewards": ["ppo_rewards:letters"], "max_new_tokens": 8,
+        "data": [{"path": str(rows / "chats.jsonl")}], "rewards": ["ppo_rewards:letters"], "max_new_tokens": 8, "samples": {"every": 4},
         "train": BASE | (train or {}),
     } | more  # fmt: skip
     with prepared_beside(folder) as prepared:
@@ -77,25 +77,25 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path, code: Path) -> tuple[Path, StageResult]:
-    """Two epochs of 101 prompts by one worker: 16 answers an iteration, in 4 steps; the last one of an epoch has 5."""
+    """An epoch of 101 prompts by one worker: 16 answers an iteration, in 4 steps; the last one has 5."""
     folder = tmp_path_factory.mktemp("ppo") / "alone"
-    return folder, run(folder, model, data, code, train={"num_train_epochs": 2})
+    return folder, run(folder, model, data, code, train={"num_train_epochs": 1})
 
 
 def test_what_is_told_of_a_training(alone: tuple[Path, StageResult]) -> None:
     folder, result = alone
     lines = [line for line in logged(folder) if "reward" in line]
-    iterations = 2 * math.ceil(101 / 16)
+    iterations = math.ceil(101 / 16)
     assert [line["step"] for line in lines] == [4 * (i + 1) for i in range(iterations)]
     assert result.steps == 4 * iterations and result.rows == 101
-    assert result.details["consumption"] == {"steps": 4 * iterations, "epochs": 2, "rows_after": 0, "problems": []}
+    assert result.details["consumption"] == {"steps": 4 * iterations, "epochs": 1, "rows_after": 0, "problems": []}
     first, last = lines[0], lines[-1]
     assert first["kl"] == pytest.approx(0, abs=1e-5)  # the policy still is its reference
-    assert first["episodes"] == 16 and lines[6]["episodes"] == 5
+    assert first["episodes"] == 16 and last["episodes"] == 5
     assert first["rewards/ppo_rewards:letters"] == first["reward"] and 0 <= first["stopped"] <= 1
     assert last["kl"] > 0 and last["seconds/generate"] > 0 and last["explained_variance"] > first["explained_variance"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
-    assert [s["iteration"] for s in samples] == [0] * 8 + [10] * 8 + [13] * 5
+    assert [s["iteration"] for s in samples] == [0] * 8 + [4] * 8 + [6] * 5
     assert samples[0].keys() == {"iteration", "step", "prompt", "answer", "reward", "scores", "stopped"}
 
 
@@ -126,7 +126,7 @@ def test_the_run_is_the_same_however_it_is_shared(
     workers: int,
     config: dict[str, Any],
 ) -> None:
-    config = config | {"train": config.get("train", {}) | {"num_train_epochs": 2}}
+    config = config | {"train": config.get("train", {}) | {"num_train_epochs": 1}}
     run(tmp_path / "shared", model, data, code, workers, **config)
     wanted, got = ([line for line in logged(folder) if "reward" in line] for folder in (alone[0], tmp_path / "shared"))
     assert len(got) == len(wanted)
