@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from stages import KINDS, StageContext
 from stages.base import Artifact, Resources, StageResult
 from stages.scoring import trained_token_loss
+from stages.training import fed as fed_module
 from stages.training import stage as training_stage
 from stages.training import trainer as trainer_module
 from stages.training.feed import FeedLoader
@@ -123,11 +124,11 @@ def train_and_record(config: dict[str, Any]) -> Any:
 
         return FeedLoader(feed, noting, placeholder)
 
-    trainer_module.FeedLoader = loader  # type: ignore[assignment, misc]
+    fed_module.FeedLoader = loader  # type: ignore[assignment, misc]
     try:
         return trainer_module.train_on_worker(config)
     finally:
-        trainer_module.FeedLoader = FeedLoader  # type: ignore[misc]
+        fed_module.FeedLoader = FeedLoader  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
