@@ -29,8 +29,14 @@ ENVIRONMENT = {
 }
 
 
-# What a worker's process group says where another worker is gone.
-ECHOES = ("Connection reset by peer", "Connection closed by peer", "NCCL communicator was aborted", "Broken pipe")
+# What Ray says of a worker whose process is gone, and a worker's process group where another one is.
+ECHOES = (
+    "worker process has died",
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "NCCL communicator was aborted",
+    "Broken pipe",
+)
 
 
 def quiet_ray() -> None:
@@ -118,14 +124,17 @@ def launch(
 
 
 def first_cause(failures: list[Exception]) -> Exception:
-    """Of what the workers of a group failed with: what one of ours says, else what is not the echo of another's end."""
+    """Of what the workers of a group failed with: what one of ours says, else what is not the echo of another's end, or the end
+    itself as Ray tells it."""
     ours = [f for f in failures if isinstance(f, RaylignError)]
     echoes = [f for f in failures if any(sign in str(f) for sign in ECHOES)]
     others = [f for f in failures if f not in echoes]
     if ours or others:
         return (ours or others)[0]
     lost = "a worker was lost: its process was ended, or its machine is gone (out of memory?)"
-    return StageError(f"{lost}\n  another worker saw: {str(echoes[0]).splitlines()[0]}")
+    return StageError(
+        f"{lost}\n  seen: {next(line for line in str(echoes[0]).splitlines() if any(e in line for e in ECHOES))}"
+    )
 
 
 def join_single_process_group() -> None:

@@ -23,6 +23,8 @@ from .test_training import weights
 pytestmark = pytest.mark.usefixtures("ray_address")
 
 REWARDS = """
+import os
+import signal
 from pathlib import Path
 
 def letters(completions, **_):
@@ -35,6 +37,12 @@ def failing(completions, **_):
     if left < 0:
         raise RuntimeError("the reward is out of order")
     return letters(completions)
+
+def killing(completions, **_):
+    try:
+        return failing(completions)
+    except RuntimeError:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 def raises(completions, **_):
     raise ValueError("no")
@@ -161,6 +169,22 @@ def test_an_interrupted_run_ends_as_if_it_were_not(
         for folder in (tmp_path / "whole", tmp_path / "resumed")
     )
     assert one == other
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_in_an_iteration_costs_that_iteration_alone(
+    tmp_path: Path, model: str, data: Path, code: Path
+) -> None:
+    train = {"total_episodes": 64, "per_device_train_batch_size": 4, "save_steps": 4}
+    run(tmp_path / "whole", model, data, code, 2, train=train)
+    (code / "fails").write_text("40")  # of 64 answers: while the third of four iterations is judged
+    with pytest.raises(StageError, match="a worker was lost"):
+        run(tmp_path / "killed", model, data, code, 2, train=train, rewards=["ppo_rewards:killing"])
+    kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*"))
+    assert kept[-1] == "checkpoint-8"
+    run(tmp_path / "killed", model, data, code, 2, train=train)
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_the_reference_of_an_adapter_is_the_policy_without_it(
