@@ -362,6 +362,7 @@ def test_what_is_trained_beside_a_frozen_model_in_half_precision_is_in_float32(
     from transformers import AutoModelForSequenceClassification
 
     from stages.rl.ppo import _loaded
+    from stages.training.tuning import train_in_float32
 
     models[1].save_pretrained(tmp_path)
     kernels = SimpleNamespace(load_options=lambda: {"dtype": "bfloat16"})
@@ -369,6 +370,7 @@ def test_what_is_trained_beside_a_frozen_model_in_half_precision_is_in_float32(
     adapter = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=["score"])
     args = SimpleNamespace(gradient_checkpointing=False)
     value = _loaded(parts, AutoModelForSequenceClassification, str(tmp_path), adapter, args, num_labels=1)
+    train_in_float32(value)  # as every trainer's model is (stages/training/trainer.py)
     kinds = {name: p.dtype for name, p in value.named_parameters() if p.requires_grad}
     assert any(".score." in name for name in kinds) and set(kinds.values()) == {torch.float32}
     assert {p.dtype for p in value.parameters() if not p.requires_grad} == {torch.bfloat16}
