@@ -1,4 +1,4 @@
-"""The quickstart over several seeds: what DPO and KTO gain over SFT on held-out exact match, beside the spread over seeds.
+"""The quickstart over several seeds: what DPO, KTO and PPO gain over SFT on held-out exact match, beside the spread over seeds.
 
     python examples/quickstart_data.py examples/data/quickstart
     python tests/bench/quickstart_seeds.py 1 2 3 [stages.sft.train.learning_rate=2e-3 ...]
@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline import Pipeline
 
 SPEC = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
-TUNED = ("sft", "dpo", "kto")
+TUNED = ("sft", "dpo", "kto", "ppo")
 
 
 def main() -> None:
