@@ -22,7 +22,8 @@ SHOWN_OF_ANSWERS = ("reward", "eval_reward", "kl", "kl_per_token", "stopped", "a
 
 def brief(metrics: dict[str, Any]) -> str:
     """The few metrics of a stage that are worth a line."""
-    wanted = [name for name in shown_of(metrics) if metrics.get(name) is not None]
+    # Those of an evaluation are by model, and a model may have the name of a metric.
+    wanted = [name for name in shown_of(metrics) if isinstance(metrics.get(name), int | float)]
     if "kl" in wanted and "kl_per_token" in wanted:
         wanted.remove("kl_per_token")
     return ", ".join(f"{name.removeprefix('rewards/').replace('_', ' ')} {number(metrics[name])}" for name in wanted)
