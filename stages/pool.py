@@ -85,7 +85,7 @@ class _Actor:
         try:
             self.worker = make(**options)
         except Exception as error:
-            self.failed = _told(error)
+            self.failed = told_of(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         index = int(batch["index"][0])
@@ -94,10 +94,10 @@ class _Actor:
         try:
             return _row(index, self.worker(self.tasks[index]), "")
         except Exception as error:
-            return _row(index, None, _told(error))
+            return _row(index, None, told_of(error))
 
 
-def _told(error: Exception) -> str:
+def told_of(error: Exception) -> str:
     """What the user is told of an error in an actor; the trace of one that is not meant for the user goes to the log."""
     if isinstance(error, RaylignError):
         return str(error)

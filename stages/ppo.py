@@ -20,7 +20,6 @@ from stages.rl import settings, words
 from stages.rl.ppo import PPOOptions, build_trainer, judged_elsewhere, value_scale
 from stages.rl.settings import PPOSettings
 from stages.rl.stage import TOGETHER, Beside, RLStage
-from stages.rl.watching import Limits
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.feed import Shares
 from stages.training.stage import run_training
@@ -46,7 +45,6 @@ class PPO(RLStage):
     judge_processes: int = Field(
         default=1, ge=1, description="Of placement separate: how many, each with the resources of a worker."
     )
-    limits: Limits = Limits()
 
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {
         "model": ("model",),
@@ -70,10 +68,7 @@ class PPO(RLStage):
 
     def arguments(self) -> dict[str, Any]:
         """transformers' own; the others are in `settings`."""
-        given = {k: v for k, v in super().arguments().items() if k not in settings.NAMES}
-        if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
-            given |= {"metric_for_best_model": "reward", "greater_is_better": True}
-        return given
+        return {k: v for k, v in super().arguments().items() if k not in settings.NAMES}
 
     def references(self) -> dict[str, list[str]]:
         value = [] if self.value_model is None else [self.value_model]

@@ -14,7 +14,7 @@ class Engine(Protocol):
     def sample(self, prompts: Sequence[Sequence[int]], *, seed: int, first: int) -> list[Sample]:
         """An answer to each prompt (tokens, without padding), in order.
 
-        `first` is the number of the first prompt among all of the iteration: a prompt's number and `seed` decide its draws.
+        `first` is the number of the first prompt among all of the training: a prompt's number and `seed` decide its draws.
         """
         ...
 

@@ -85,7 +85,6 @@ class GroupStage(RLStage):
     """A stage that is trained by comparing the answers to a prompt."""
 
     train: TrainConfig
-    limits: Limits = Limits()
 
     instead: ClassVar[Mapping[str, str]] = words.COMMON | NOT_PPO
 
@@ -103,12 +102,6 @@ class GroupStage(RLStage):
             if name in DECIDED:
                 raise ValueError(f"generation_kwargs: {name} is decided by {DECIDED[name]}")
         return self
-
-    def arguments(self) -> dict[str, Any]:
-        given = super().arguments()
-        if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
-            given |= {"metric_for_best_model": "reward", "greater_is_better": True}
-        return given
 
     @property
     def answers_to_each(self) -> int:
@@ -275,10 +268,6 @@ class Grouped(Iterating):
     def prompts_per_iteration(self) -> int:
         return int(self.args.generation_batch_size // self.num_generations)
 
-    def shares(self) -> Shares:
-        """Every worker reads all prompts of an iteration, and takes its own of them."""
-        return Shares(1, self.prompts_per_iteration)
-
     def loader_of(self, feed: Feed, job: TrainJob) -> Any:
         args, count = self.args, self.prompts_per_iteration
         if (rest := feed.rows % count) and args.process_index == 0:
@@ -301,7 +290,7 @@ class Grouped(Iterating):
             limits, kl_coef="beta", ends="a function in `rewards` that says what an end is worth"
         )
         self._latest: dict[str, float] = {}  # entropy and KL of the last micro-batch
-        self._enough = ""  # why training ends early
+        self._enough = ""
         # TRL samples where its count of micro-batches, `_step`, is a multiple of an iteration's. It begins at 0, and so does
         # whatever goes on from a checkpoint, which is made between iterations.
 
@@ -313,17 +302,6 @@ class Grouped(Iterating):
     @_rollouts.setter
     def _rollouts(self, value: dict[str, Any]) -> None:
         self.limit_guard.first, self._latest, self._enough = value["first"], value["latest"], value["enough"]
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._enough and self.feed.ends(self.state.global_step):
-            self.control.should_training_stop = True
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def finish(self) -> tuple[dict[str, float], list[str]]:
-        metrics, warnings = super().finish()  # type: ignore[misc]
-        if self._enough:
-            warnings = [*warnings, f"training ended after {self.state.global_step} steps: {self._enough}"]
-        return metrics, warnings
 
     # -- the loss is TRL's, which knows itself what a step holds
 
@@ -353,11 +331,7 @@ class Grouped(Iterating):
         told = self._metrics["train"]
         now = {name: told[name][-1] for name in ("reward", "stopped")}
         now |= {"answer_tokens": told["completions/mean_length"][-1]} | self._latest
-        if (wrong := self.limit_guard.stop(now)) is not None:
-            why, useful = wrong
-            if not useful:
-                raise StageError(f"stopped after {self.state.global_step} steps: {why}")
-            self._enough = why
+        self.hold_to_limits(now)
         return made
 
     @contextmanager

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.errors import RaylignError, StageError
+from stages.errors import StageError
+from stages.pool import told_of
 from stages.rewards import Answered, Scorer, Scoring
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class _JudgeActor:
         try:
             self.own = Judge(options)
         except Exception as error:
-            self.failed = _told(error)
+            self.failed = told_of(error)
 
     def ready(self) -> str:
         """What went wrong when it was made, or nothing."""
@@ -201,17 +202,7 @@ class _JudgeActor:
         try:
             return self.own.judge(answers), ""
         except Exception as error:
-            return [], _told(error)
-
-
-def _told(error: Exception) -> str:
-    """What the user is told of an error in an actor; the trace of one that is not meant for the user goes to the log."""
-    if isinstance(error, RaylignError):
-        return str(error)
-    import traceback
-
-    traceback.print_exc()
-    return f"{type(error).__name__}: {error}"
+            return [], told_of(error)
 
 
 @dataclass(frozen=True)

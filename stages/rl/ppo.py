@@ -9,6 +9,7 @@ of the prompt. So a run is the same whatever the workers and the micro-batches, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,9 +36,9 @@ from stages.rl.watching import KeptSamples, LimitGuard, Limits
 from stages.training import documents
 from stages.training.answers import answer_collator
 from stages.training.architecture import positions
-from stages.training.drift import evaluating, share, stop_tokens
+from stages.training.drift import evaluating, of_all_workers, share, stop_tokens
 from stages.training.fed import Fed, Scored, add_metrics
-from stages.training.feed import Feed, Row, Shares
+from stages.training.feed import Feed, Row
 from stages.training.job import TrainerParts, TrainJob
 from stages.training.kernels import model_dtype
 
@@ -128,9 +129,6 @@ def build_trainer(parts: TrainerParts) -> Any:
             step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
             return int(step * self.settings.num_mini_batches)
 
-        def shares(self) -> Shares:
-            return Shares(1, self.prompts_per_iteration)  # every worker sees all prompts
-
         def loader_of(self, feed: Feed, job: TrainJob) -> Any:
             iterations = Iterations(feed, self.updates, self.args.gradient_accumulation_steps, self.args.world_size)
             return Rollouts(
@@ -170,11 +168,6 @@ def build_trainer(parts: TrainerParts) -> Any:
         def _rollouts(self, value: dict[str, Any]) -> None:
             self.beta.value, self.limit_guard.first, self._enough = value["beta"], value["first"], value["enough"]
 
-        def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-            if self._enough and self.feed.ends(self.state.global_step):
-                self.control.should_training_stop = True
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-
         # -- what an iteration begins with
 
         def collect(self, iteration: int, first: int, prompts: list[Row]) -> Rollout:
@@ -195,11 +188,7 @@ def build_trainer(parts: TrainerParts) -> Any:
                     last = iteration == self.feed.steps // self.updates - 1
                     kept = [self._sample(p, e, r) for p, e, r in zip(prompts, episodes, rollout.rewards, strict=True)]
                     self.kept.keep(iteration, iteration * self.updates, last, kept)
-                if (wrong := self.limit_guard.stop(told)) is not None:
-                    why, useful = wrong
-                    if not useful:
-                        raise StageError(f"stopped after {iteration * self.updates} steps: {why}")
-                    self._enough = why
+                self.hold_to_limits(told)
                 if "kl" in told:
                     self.beta.update(told["kl"], len(episodes))
                 return rollout
@@ -237,7 +226,7 @@ def build_trainer(parts: TrainerParts) -> Any:
                 for row, answer, (logps, entropy, values, reference), verdict in zip(rows, answers, said, judged, strict=True)
             ]  # fmt: skip
             with clock("gather"):
-                every = gathered_lists(own, self.args.world_size)
+                every = of_all_workers(own, self.args.world_size)
             return every, clock.seconds
 
         @torch.no_grad()
@@ -273,12 +262,7 @@ def build_trainer(parts: TrainerParts) -> Any:
         def answering(self) -> Iterator[Any]:
             """The policy with whole weights, to answer with."""
             policy = self.policy
-            with (
-                gathered(self.model_wrapped, policy),
-                documents.set_aside(policy),
-                evaluating(policy),
-                self.accelerator.autocast(),
-            ):
+            with gathered(self.model_wrapped, policy), self.accelerator.autocast():
                 yield policy
 
         def _sample(self, prompt: Row, episode: Episode, reward: float) -> dict[str, Any]:
@@ -340,9 +324,8 @@ def build_trainer(parts: TrainerParts) -> Any:
 
         @property
         def hopeless(self) -> float:
-            return float(
-                "inf"
-            )  # advantages have no scale that a loss could be held against; limits are those of watching.py
+            # Advantages have no scale that a loss could be held against; limits are those of watching.py.
+            return math.inf
 
         def create_optimizer(self, model: Any = None) -> Any:
             optimizer = super().create_optimizer(model)
@@ -376,12 +359,6 @@ def build_trainer(parts: TrainerParts) -> Any:
             names = ("reward", "reward_std", "kl", "rlhf_reward", "entropy", "answer_tokens", "stopped")
             told = {k: v for k, v in told.items() if k in names or k.startswith("rewards/")}
             return {"eval_rows": len(prompts)} | {f"eval_{k}": v for k, v in told.items()}
-
-        def finish(self) -> tuple[dict[str, float], list[str]]:
-            metrics, warnings = super().finish()
-            if self._enough:
-                warnings = [*warnings, f"training ended after {self.state.global_step} steps: {self._enough}"]
-            return metrics, warnings
 
         def trained_model(self, **options: Any) -> Any:
             return super().trained_model(**options).policy
@@ -504,17 +481,6 @@ class Clock:
         finally:
             key = f"seconds/{name}"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - began
-
-
-def gathered_lists(mine: list[Any], workers: int) -> list[Any]:
-    """Of all workers, in order."""
-    if workers == 1:
-        return mine
-    import torch.distributed as dist
-
-    parts: list[list[Any]] = [[] for _ in range(workers)]
-    dist.all_gather_object(parts, mine)
-    return [one for part in parts for one in part]
 
 
 def _cut(column: Any, lengths: list[int]) -> list[Any]:

@@ -14,6 +14,7 @@ from stages.data.source import DataSource
 from stages.errors import DataError
 from stages.rewards import Reward, Scorer, check, is_function, scorers
 from stages.rl import words
+from stages.rl.watching import Limits
 from stages.training.architecture import positions
 from stages.training.stage import TrainStage
 
@@ -59,6 +60,7 @@ class RLStage(TrainStage):
         description="Who samples. auto: vllm where it is installed and there are GPUs, else transformers.",
     )
     samples: Kept = Kept()
+    limits: Limits = Limits()
 
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"model": ("model",), "rewards": ("reward model",)}
     produces: ClassVar = "model"
@@ -72,6 +74,12 @@ class RLStage(TrainStage):
                 "truncation: a prompt that is too long is dropped (or refused): an answer to a part of it means nothing"
             )
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        given = super().arguments()
+        if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
+            given |= {"metric_for_best_model": "reward", "greater_is_better": True}
+        return given
 
     def references(self) -> dict[str, list[str]]:
         models = [term.reward for term in self.rewards if not is_function(term.reward)]

@@ -73,7 +73,7 @@ class LimitGuard:
         """Why the training is to be stopped, and whether what it has made is of use; None while all is well.
 
         Args:
-            now: metrics of an iteration; `entropy` is that of its steps.
+            now: metrics of an iteration's answers.
         """
         if not self.first:
             self.first = {k: now[k] for k in ("reward", "answer_tokens", "stopped")}

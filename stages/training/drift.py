@@ -131,14 +131,18 @@ class Drift:
         return self._gathered(logps)
 
     def _gathered(self, mine: list[Any]) -> list[Any]:
-        """Of all workers, in order."""
-        import torch.distributed as dist
+        return of_all_workers(mine, self.args.world_size)
 
-        if self.args.world_size == 1:
-            return mine
-        parts: list[list[Any]] = [[] for _ in range(self.args.world_size)]
-        dist.all_gather_object(parts, mine)
-        return [one for part in parts for one in part]
+
+def of_all_workers(mine: list[Any], workers: int) -> list[Any]:
+    """What each has, in order of the workers."""
+    import torch.distributed as dist
+
+    if workers == 1:
+        return mine
+    parts: list[list[Any]] = [[] for _ in range(workers)]
+    dist.all_gather_object(parts, mine)
+    return [one for part in parts for one in part]
 
 
 def drift_warnings(told: dict[str, float], stopped_before: float) -> list[str]:
