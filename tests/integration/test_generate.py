@@ -280,7 +280,7 @@ def test_what_the_command_refuses(tmp_path: Path, data: Path, model: str) -> Non
     done = raylign(tmp_path, "run", "spec.yaml", "--set", "stages.made.engine=vllm")
     assert done.returncode == 2 and "stages.made.engine: vllm is not installed" in done.stderr
     done = raylign(tmp_path, "run", "spec.yaml", "--set", "stages.made.rewards=['own_rewards:gone']")
-    assert done.returncode == 1 and "the module own_rewards has no 'gone'" in done.stderr
+    assert done.returncode == 2 and "own_rewards.py has no 'gone'" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -220,7 +220,7 @@ def test_steps_are_left_out_where_the_policy_has_moved_enough(
     [
         ("ppo_rewards:raises", r"ppo_rewards:raises raised ValueError: no, .*chats.jsonl, row \d+"),
         ("ppo_rewards:nan", r"ppo_rewards:nan gave nan for chats.jsonl, row \d+"),
-        ("ppo_rewards:short", r"returned 1 rewards for \d answers"),
+        ("ppo_rewards:short", r"returned 1 rewards for \d+ answers"),
         ("ppo_rewards:gone", r"the module ppo_rewards has no 'gone'"),
     ],
 )
@@ -234,7 +234,7 @@ def test_prompts_that_leave_no_room(tmp_path: Path, model: str, data: Path, code
         run(tmp_path / "none", model, data, code, max_new_tokens=256)
     with pytest.raises(DataError, match="too_long 69"):
         run(tmp_path / "some", model, data, code, max_new_tokens=230)
-    assert json.loads((tmp_path / "some" / "ledger.json").read_text())["dropped"]["too_long"] == 69
+    assert json.loads((tmp_path / "some" / "ledger.json").read_text())["reasons"]["too_long"] == 69
 
 
 def test_held_out_prompts_are_answered(tmp_path: Path, model: str, data: Path, code: Path) -> None:

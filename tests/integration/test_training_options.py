@@ -44,7 +44,7 @@ def test_the_best_model_on_the_way_is_the_one_that_is_kept(tmp_path: Path, model
     assert result.metrics["eval_loss"] == pytest.approx(seen[best], rel=1e-5), "the best model is what is exported"
     import pyarrow.parquet as pq
 
-    held = [r for f in (tmp_path / "prepared").glob("*/eval-*.parquet") for r in pq.read_table(f).to_pylist()]
+    held = [r for f in Path(result.details["prepared"]).glob("eval-*.parquet") for r in pq.read_table(f).to_pylist()]
     sums = trained_token_loss(AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model"), held, 0, 8)
     assert sums["nll"] / sums["tokens"] == pytest.approx(seen[best], rel=1e-4)
 
@@ -120,8 +120,12 @@ def test_losses_by_name_reach_the_trainer(tmp_path: Path, model: str, data: Path
     for normalization, smoothing in (("token", 0.0), ("sequence", 0.1)):
         folder = tmp_path / f"{normalization}-{smoothing}"
         options = still | {"label_smoothing_factor": smoothing}
-        _, (loss,) = run(folder, model, "sft", data / "chats.jsonl", train=options, loss_normalization=normalization)
-        rows = [r for f in (tmp_path / "prepared").glob("*/shard-*.parquet") for r in pq.read_table(f).to_pylist()]
+        result, (loss,) = run(
+            folder, model, "sft", data / "chats.jsonl", train=options, loss_normalization=normalization
+        )
+        rows = [
+            r for f in Path(result.details["prepared"]).glob("shard-*.parquet") for r in pq.read_table(f).to_pylist()
+        ]
         with torch.no_grad():
             assert loss == pytest.approx(formula(llm, rows, normalization, smoothing), rel=1e-5)
 
