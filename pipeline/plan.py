@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pipeline.artifacts import RunFolder, product, read_json
 from pipeline.spec import Cluster, Spec
 from stages import Generate, Stage
-from stages.base import Resources
+from stages.base import Resources, workers_range
 from stages.data.encode import DATA_VERSION
 from stages.data.prepare import options_key, sources_key
 from stages.rl.stage import RLStage
@@ -194,30 +194,23 @@ def resources_for(stage: Stage, cluster: Cluster, gpus: Callable[[], int] = mach
     """A stage's workers: what it says, else what the cluster section says, else what this machine has."""
     here = gpus()
     each = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else min(here, 1)
-    workers = getattr(stage, "workers", None)
-    if workers is None:
-        many = isinstance(stage, TrainStage | Generate)
-        workers = (cluster.workers or max(here, 1)) if many else 1
+    many = isinstance(stage, TrainStage | Generate)
+    given = getattr(stage, "workers", None) or (cluster.workers if many else 1) or max(here, 1)
+    fewest, most = workers_range(given) or (1, 1)
+    if not isinstance(stage, TrainStage) or isinstance(stage, RLStage):
+        most = fewest  # the prompts of an iteration are cut for all workers
     return Resources(
-        workers=workers, gpus_per_worker=each if stage.uses_ray else 0, cpus_per_worker=cluster.cpus_per_worker or 1
+        workers=most,
+        at_least=fewest if fewest < most else None,
+        stall_minutes=cluster.stall_minutes,
+        gpus_per_worker=each if stage.uses_ray else 0,
+        cpus_per_worker=cluster.cpus_per_worker or 1,
     )
 
 
 def machine_resources() -> dict[str, float]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus()), "memory": float(memory)}
-
-
-def lacking(planned: PlannedStage, available: dict[str, float]) -> list[str]:
-    """What there is too little of for a stage's workers, in words."""
-    stage, resources = planned.stage, planned.resources
-    # Those that judge answers ask for CPUs on a cluster only, which may grow.
-    judges = stage.beside(resources.workers, planned.inputs).processes if isinstance(stage, RLStage) else 0
-    need = {
-        "CPU": resources.cpus_per_worker * resources.workers,
-        "GPU": resources.gpus_per_worker * (resources.workers + judges),
-    }
-    return [f"needs {n} {k}, there are {available.get(k, 0):g}" for k, n in need.items() if n > available.get(k, 0)]
 
 
 # ------------------------------------------------------------------------------------------------ the record

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.sweep import Sweeps, fold
 from stages import KINDS, Stage
-from stages.base import Config
+from stages.base import Config, Workers
 from stages.data.tokenizer import read_chat_template
 
 BASE = "base"  # the name of the stage that `model: {init: ...}` stands for
@@ -22,8 +22,17 @@ BASE = "base"  # the name of the stage that `model: {init: ...}` stands for
 class Cluster(Config):
     """What every training stage gets; what is not said is what this machine has."""
 
-    workers: int | None = Field(
-        default=None, ge=1, description="Training workers: one per GPU, or one on a CPU machine."
+    workers: Workers | None = Field(
+        default=None,
+        description="Training workers: one per GPU, or one on a CPU machine. `2..8`: as many of these as there is room for.",
+    )
+    stall_minutes: float = Field(
+        default=10,
+        gt=0,
+        description="Workers that have not moved for so long are ended; training goes on from a checkpoint.",
+    )
+    wait_minutes: float = Field(
+        default=30, gt=0, description="How long a stage waits for a cluster to have room, or to grow, before it fails."
     )
     gpus_per_worker: int | None = Field(default=None, ge=0, description="1 where there are GPUs.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="CPUs each worker gets, 1 by default.")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import Spec
 from stages import Generate, Init
+from stages.base import workers_range
 from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError, Problem
 from stages.generate import engine_problem
@@ -46,10 +47,9 @@ def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
     gpu = None if cluster.gpus_per_worker is None else cluster.gpus_per_worker > 0
     for name, stage in spec.stages.items():
         if isinstance(stage, TrainStage):
+            _, most = workers_range(stage.workers or cluster.workers) or (None, None)
             config = model_config(spec, name)
-            for path, message in stage_problems(
-                stage, workers=stage.workers or cluster.workers, gpu=gpu, config=config, folder=spec.folder
-            ):
+            for path, message in stage_problems(stage, workers=most, gpu=gpu, config=config, folder=spec.folder):
                 yield name, path, message
         if isinstance(stage, Generate | RLStage):
             for path, message in _answering_problems(stage, model_config(spec, name), spec.folder):

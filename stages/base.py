@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 ArtifactKind = Literal["model", "reward model", "dataset", "metrics"]
 
@@ -25,8 +25,40 @@ class Resources(Config):
     """Workers that train one stage and what each of them gets."""
 
     workers: int = Field(default=1, ge=1, description="Training workers (processes) of a stage.")
+    at_least: int | None = Field(default=None, ge=1, description="With how many it may run where there is not more.")
+    stall_minutes: float = Field(default=10, gt=0, description="Workers that do not move for so long are ended.")
     gpus_per_worker: int = Field(default=0, ge=0, description="GPUs each worker gets; 0 trains on the CPU.")
     cpus_per_worker: int = Field(default=1, ge=1, description="CPUs each worker gets.")
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which it cannot run."""
+        return self.at_least or self.workers
+
+
+def workers_range(value: int | str | None) -> tuple[int, int] | None:
+    """(fewest, most) of `workers: 4` or `workers: 2..8`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None or isinstance(value, int):
+        return None if value is None else (value, value)
+    parts = value.split("..")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"write a number, or a range as 2..8 (got {value!r})")
+    low, high = map(int, parts)
+    if not 1 <= low <= high:
+        raise ValueError(f"{value}: a range goes from a smaller number to a larger one")
+    return low, high
+
+
+def _workers(value: int | str) -> int | str:
+    workers_range(value)
+    return value
+
+
+Workers = Annotated[Annotated[int, Field(ge=1)] | str, AfterValidator(_workers)]
 
 
 def _share(value: Any) -> Any:
@@ -75,6 +107,11 @@ class Reporter:
 
     def progress(self, done: int, total: int | None, unit: str, **values: Any) -> None:
         self._append("events.jsonl", {"done": done, "total": total, "unit": unit, **values})
+
+    def waiting(self, what: str | None, seconds: float = 0, limit: float = 0) -> None:
+        """The stage has waited for `what` (`4 GPU: have 0 free of 2, can grow to 4`) of the seconds it may; None: no more."""
+        facts = {"seconds": round(seconds), "limit": round(limit)} if what is not None else {}
+        self._append("events.jsonl", {"waiting": what, **facts})
 
     def rewind(self, step: int) -> None:
         """Forget metrics and consumption after `step`: training goes on from there."""

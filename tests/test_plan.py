@@ -14,6 +14,7 @@ from pipeline.estimate import amount_of, describe, expected_rows, planned_steps,
 from pipeline.plan import make_plan, resources_for
 from pipeline.spec import Cluster, Spec
 from stages import KINDS, SFT, Evaluate
+from stages.base import Resources
 from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
@@ -201,16 +202,15 @@ def test_planned_steps(train: dict[str, Any], workers: int, steps: int) -> None:
 
 def test_workers_follow_the_machine_the_cluster_and_the_stage() -> None:
     stage = SFT.model_validate({"data": [{"path": "x"}]})
-    assert resources_for(stage, Cluster(), lambda: 0).model_dump() == {
-        "workers": 1,
-        "gpus_per_worker": 0,
-        "cpus_per_worker": 1,
-    }
-    assert resources_for(stage, Cluster(), lambda: 4).model_dump() == {
-        "workers": 4,
-        "gpus_per_worker": 1,
-        "cpus_per_worker": 1,
-    }
+    assert resources_for(stage, Cluster(), lambda: 0) == Resources(workers=1)
+    assert resources_for(stage, Cluster(), lambda: 4) == Resources(workers=4, gpus_per_worker=1)
+    some = resources_for(stage, Cluster(workers="2..8", stall_minutes=1.0), lambda: 0)
+    assert some == Resources(workers=8, at_least=2, stall_minutes=1.0) and some.fewest == 2
+    assert resources_for(stage, Cluster(workers="3..3"), lambda: 0).at_least is None
+    with pytest.raises(ValueError, match="goes from a smaller number to a larger one"):
+        Cluster(workers="8..2")
+    with pytest.raises(ValueError, match="write a number, or a range"):
+        Cluster(workers="many")
     assert resources_for(stage, Cluster(workers=8, gpus_per_worker=1), lambda: 0).workers == 8
     assert (
         resources_for(

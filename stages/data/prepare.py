@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from stages.cluster import data_cpus, data_resources, on_cluster
 from stages.data import ledger
 from stages.data.chat import IGNORE, no_collection
 from stages.data.chunks import Chunk, chunks, read_chunk
@@ -365,10 +366,11 @@ class _Making:
                 return row | {"error": str(error)}
             return row | {"error": ""}
 
-        cpus = int(ray.cluster_resources().get("CPU", 1))
+        cpus = data_cpus() if on_cluster() else int(ray.cluster_resources().get("CPU", 1))
         blocks = min(len(indices), 2 * cpus)  # few blocks with several chunks each: a block costs tens of milliseconds
+        where = data_resources() if on_cluster() else {}
         items = [{"index": i} for i in indices]
-        results = ray.data.from_items(items, override_num_blocks=blocks).map(one).iter_rows()
+        results = ray.data.from_items(items, override_num_blocks=blocks).map(one, resources=where).iter_rows()
         for count, result in enumerate(results, 1):
             if result["error"]:
                 raise DataError(result["error"])

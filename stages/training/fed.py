@@ -145,7 +145,11 @@ class Fed(Checkpoints):
         if self.accelerator.sync_gradients:  # once a step, since a GPU has to be waited for
             own = float(self._step_loss)
             each = [own if rank == self.args.process_index else 0.0 for rank in range(self.args.world_size)]
-            self.guard.step(self._sum(each), self.state.global_step + 1, self._step_inputs)
+            asked = float(self.pulse is not None and bool(self.pulse.pause))
+            *losses, asked = self._sum([*each, asked])
+            self.guard.step(losses, self.state.global_step + 1, self._step_inputs)
+            if asked:
+                self.stop_at_checkpoint()
             self._step_loss = 0.0
         return loss
 

@@ -34,15 +34,27 @@ Group = tuple[str, int, int]  # file, row group, rows
 
 @dataclass(frozen=True)
 class Shares:
-    """How steps are cut: `workers` x `accumulation` micro-batches of `batch_size` rows."""
+    """How steps are cut: `workers` x `accumulation` micro-batches of `batch_size` rows.
+
+    `rows`, where it is given, is what a step has whatever the workers: each has its share of them, and the last of its
+    micro-batches may be smaller, or empty.
+    """
 
     workers: int
     batch_size: int
     accumulation: int = 1
+    rows: int | None = None
 
     @property
     def rows_per_step(self) -> int:
-        return self.workers * self.batch_size * self.accumulation
+        return self.rows or self.workers * self.batch_size * self.accumulation
+
+    def over(self, workers: int) -> Shares:
+        """The same steps, shared by another number of workers."""
+        if workers == self.workers:
+            return self
+        accumulation = -(-self.rows_per_step // (workers * self.batch_size))
+        return Shares(workers, self.batch_size, accumulation, self.rows_per_step)
 
     def steps(self, rows: int) -> int:
         """Steps of an epoch; the last one may be smaller, but is not left out."""

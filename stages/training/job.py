@@ -54,6 +54,7 @@ class TrainJob:
     tokens_per_row: float = 1.0
     held_out: list[Group] = field(default_factory=list)  # rows to evaluate on, as `eval_strategy` says and at the end
     resume: Saved | None = None  # the checkpoint to go on from
+    rows_per_step: int | None = None  # where it does not follow from workers, batch size and accumulation
     early_stopping: dict[str, Any] | None = None  # patience and threshold
     code: str | None = None  # a folder where modules of the user's are looked for
     options: dict[str, Any] = field(default_factory=dict)  # what one kind of stage tells its own `build`

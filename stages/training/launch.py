@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.base import Resources
+from stages.base import Reporter, Resources
+from stages.capacity import Need
+from stages.cluster import wait_for_room
 from stages.errors import RaylignError, StageError
 
 # The environment of stages and workers, set before Ray starts.
@@ -37,6 +39,10 @@ ECHOES = (
     "NCCL communicator was aborted",
     "Broken pipe",
 )
+
+
+class WorkersLost(StageError):
+    """Processes or machines went away under a training: from its last checkpoint it can go on (recovery.py)."""
 
 
 def quiet_ray() -> None:
@@ -85,42 +91,66 @@ def launch(
     resources: Resources,
     local: bool,
     folder: Path,
+    workers: int | None = None,
 ) -> Any:
     """Run `function(config)` on every worker and return what rank 0 returned.
 
     One CPU worker on this machine runs in the present process (Ray Train's local mode): no actors to start, no placement
     group, seconds less. Anything else is a Ray Train worker group, whose run folder is `folder`. Ray is told of no checkpoints:
-    what a stage goes on from is its own matter (stages/training/saving.py).
+    what a stage goes on from is its own matter (stages/training/saving.py, recovery.py).
+
+    Args:
+        workers: how many, where not all that `resources` names.
 
     Raises:
+        WorkersLost: some are gone.
         Exception: what a worker raised, or Ray Train's own where the workers could not be started in the time allowed.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
-    in_process = local and resources.workers == 1 and resources.gpus_per_worker == 0
-    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
+    workers = workers or resources.workers
+    torch_config = None
+    if not local:
+        from stages.training.network import OnNodeInterface
+
+        torch_config = OnNodeInterface()
+        wait_for_room([Need(workers, per_worker(resources))], Reporter(folder), shared=folder)
+    in_process = runs_in_process(resources, local)
     trainer = TorchTrainer(
         function,
         train_loop_config=config,
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
-            num_workers=0 if in_process else resources.workers,
+            num_workers=0 if in_process else workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=None if in_process else per_worker,
+            resources_per_worker=None if in_process else per_worker(resources),
         ),
-        # A worker group that cannot start is retried for ever by default.
+        # A worker group that cannot start is retried for ever by default; one that is lost, or on a node that goes, is our
+        # matter.
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3, max_preemption_failures=0),
         ),
     )
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         raise first_cause(list(error.worker_failures.values())) from error
+    except PreemptionError as error:
+        raise WorkersLost(f"a machine was taken away: {str(error).splitlines()[0]}") from error
+
+
+def runs_in_process(resources: Resources, local: bool) -> bool:
+    return local and resources.workers == 1 and resources.gpus_per_worker == 0
+
+
+def per_worker(resources: Resources) -> dict[str, float]:
+    """What Ray is asked for each worker."""
+    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
+    return {"CPU": float(resources.cpus_per_worker)} | gpus
 
 
 def first_cause(failures: list[Exception]) -> Exception:
@@ -132,7 +162,7 @@ def first_cause(failures: list[Exception]) -> Exception:
     if ours or others:
         return (ours or others)[0]
     lost = "a worker was lost: its process was ended, or its machine is gone (out of memory?)"
-    return StageError(
+    return WorkersLost(
         f"{lost}\n  seen: {next(line for line in str(echoes[0]).splitlines() if any(e in line for e in ECHOES))}"
     )
 

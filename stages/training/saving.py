@@ -22,6 +22,7 @@ from stages.training.checkpoint import Saved, best_of, find_best, saved, sweep
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.feed import Feed, FeedLoader
 from stages.training.universal import finish_loading
+from stages.training.watchdog import Pulse
 from stages.training.writer import Writer, sees, snapshot
 
 # What the loop remembers from step to step: sums of what is not logged yet, what the guard has seen, and of training in
@@ -47,6 +48,10 @@ class Checkpoints:
     accelerator: Any
     callback_handler: Any
     is_deepspeed_enabled: bool
+    pulse: Pulse | None = None  # through which all workers may be asked to stop at a checkpoint
+    paused = False  # they have stopped there
+    _stop_asked = False
+    _saved_step = -1
 
     @property
     def feed(self) -> Feed:
@@ -152,6 +157,12 @@ class Checkpoints:
                 self._reporter.consumed(step, *feed.span(step - 1), feed.shares.workers)
         self.writer.check()
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        if self._stop_asked and self._saved_step == step < feed.steps:
+            self.paused = self.control.should_training_stop = True
+
+    def stop_at_checkpoint(self) -> None:
+        """Make a checkpoint as soon as one can be made, and stop there. To be called on all workers in the same step."""
+        self._stop_asked = self.control.should_save = True
 
     # -- saving
 
@@ -179,6 +190,7 @@ class Checkpoints:
             "identity": identity(self.model),
         }
         self.writer.begin(step, states, record, self.args.save_total_limit, best)
+        self._saved_step = step
         self.writer.blocked += time.perf_counter() - began
 
     def _state_json(self) -> str:
@@ -284,6 +296,8 @@ class Checkpoints:
 
     def _load_best_model(self) -> None:
         """Weights alone, once the checkpoint is there for every worker."""
+        if self.paused:
+            return
         self.writer.wait()
         self.accelerator.wait_for_everyone()
         best = self.state.best_model_checkpoint

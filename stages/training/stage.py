@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.base import ArtifactKind, Config, Share, Stage, StageContext, StageResult
+from stages.base import ArtifactKind, Config, Share, Stage, StageContext, StageResult, Workers
 from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
 from stages.data.ledger import check_lost, read_entries, write_entries
@@ -32,11 +32,11 @@ from stages.training.export import template_hash
 from stages.training.feed import Position, Shares, total_steps
 from stages.training.job import Build, TrainJob
 from stages.training.kernels import Attention
-from stages.training.launch import launch, quiet_ray
+from stages.training.launch import quiet_ray
+from stages.training.recovery import train_to_the_end
 from stages.training.reference import References, with_reference
-from stages.training.trainer import import_trainers, train_on_worker
+from stages.training.trainer import import_trainers
 from stages.training.tuning import Full, Lora, QLora, adapter_options, checked_architecture, rows_problem
-from stages.training.universal import for_universal, go_on_from
 from stages.training.vocabulary import grow_vocabulary
 
 
@@ -75,7 +75,7 @@ class TrainStage(Stage):
     early_stopping: EarlyStopping | None = Field(
         default=None, description="Stop when the evaluation has not become better for a while; the best model is kept."
     )
-    workers: int | None = Field(default=None, ge=1, description="Workers of this stage, where not the cluster's.")
+    workers: Workers | None = Field(default=None, description="Workers of this stage, where not the cluster's.")
 
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"model": ("model",)}
     task: ClassVar[Task]
@@ -189,7 +189,6 @@ def run_training(
         lora = adapter_options(stage.tuning, lora, architecture, new_tokens)
         if problem := rows_problem(lora, zero_stage(deepspeed), gpu=ctx.resources.gpus_per_worker > 0):
             raise StageError(problem)
-    resume = go_on_from(ctx.work / "checkpoints", ctx.resources.workers, lambda line: print(line, flush=True))
     job = TrainJob(
         task=stage.task,
         model=base,
@@ -207,9 +206,8 @@ def run_training(
         reward=reward,
         lora=lora,
         quantization=stage.tuning.quantization(),
-        deepspeed=for_universal(deepspeed, resume),
+        deepspeed=deepspeed,
         attention=stage.attention,
-        resume=resume,
         seed=ctx.seed,
         shuffle=stage.shuffle,
         early_stopping=stage.early_stopping.model_dump() if stage.early_stopping else None,
@@ -224,13 +222,7 @@ def run_training(
         job = replace(job, groups=seen.row_groups(), held_out=seen.row_groups("eval"))
     ctx.report.phase("start", rows=data.rows, tokens=data.tokens)
     with around(job) as job:
-        outcome = launch(
-            train_on_worker,
-            {"job": job, "build": build, "on_cpu": ctx.resources.gpus_per_worker == 0},
-            resources=ctx.resources,
-            local=ctx.local,
-            folder=ctx.work,
-        )
+        outcome = train_to_the_end(job, build, ctx, stage.cut(ctx.resources.workers)[0])
     shutil.rmtree(ctx.work / "base", ignore_errors=True)  # its rows are in the export
     tuned = {"new_tokens": len(new_tokens), "adapter": lora, **outcome["export"]}
     facts |= {"consumption": consumed(ctx.work, data.rows, outcome["updates"]), "tuning": tuned}
@@ -284,6 +276,7 @@ def result_of(data: Prepared, outcome: dict[str, Any], more: dict[str, Any]) -> 
         "trained_tokens": data.manifest["trained_tokens"],
         "epochs": outcome["epochs"],
         "checkpoints": outcome["checkpoints"],
+        "workers": {name: outcome[name] for name in ("workers", "lost", "resizes") if name in outcome},
         "ledger": data.manifest["ledger"],
         "mixture": data.manifest["sources"],
         "warnings": data.manifest["warnings"],

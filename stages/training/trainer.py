@@ -16,6 +16,7 @@ from stages.training.job import PLACEHOLDERS, Build, TrainerParts, TrainJob
 from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
 from stages.training.tuning import settle_quantized, train_in_float32
 from stages.training.watch import begin_callback, report_callback
+from stages.training.watchdog import Pulse, beating
 
 
 def import_trainers() -> None:
@@ -28,22 +29,27 @@ def import_trainers() -> None:
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker does: build the trainer, train from the last checkpoint or the start, save the model."""
-    import torch.distributed
-
+    """What each worker does: build the trainer, train from the last checkpoint or the start, save the model. Where it was asked
+    to stop at a checkpoint, it gives `paused`."""
     job: TrainJob = config["job"]
     quiet_ray()
     if job.code is not None and job.code not in sys.path:
         sys.path.append(job.code)
     rank, workers = worker_rank()
-    on_cpu = config["on_cpu"]
+    with beating(config.get("monitor"), rank) as pulse:
+        return _train(job, config["build"], config["on_cpu"], rank, workers, pulse)
+
+
+def _train(job: TrainJob, build: Build, on_cpu: bool, rank: int, workers: int, pulse: Pulse | None) -> dict[str, Any]:
+    import torch.distributed
+
     if job.deepspeed is not None:
         if workers == 1 and not torch.distributed.is_initialized():
             join_single_process_group()
         init_deepspeed("gloo" if on_cpu else "nccl")
-    trainer = _build(config["build"], job, on_cpu)
+    trainer = _build(build, job, on_cpu)
     args = trainer.args
-    shares, updates = trainer.shares(), trainer.updates
+    shares, updates = replace(trainer.shares(), rows=job.rows_per_step), trainer.updates
     start = job.resume.record.position if job.resume else Position()
     before = replace(start, step=start.step // updates)  # in steps of the feed
     rows = sum(count for _, _, count in job.groups)
@@ -59,12 +65,17 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         tokens_per_row=job.tokens_per_row,
     )
     trainer.join(job, trainer.loader_of(feed, job))
+    if pulse is not None:
+        pulse.step = lambda: int(trainer.state.global_step)
+        trainer.pulse = pulse
     if rank == 0:
         Reporter(job.work).rewind(start.step)
     started = time.time()
     # Of a finished checkpoint the feed gives nothing more to train.
     trainer.train(resume_from_checkpoint=str(job.resume.path) if job.resume else None)
     seconds = time.time() - started
+    if trainer.paused:
+        return {"paused": int(trainer.state.global_step)}
     # Schedule-free optimizers are done with an average of weights.
     if averaged := getattr(trainer.optimizer, "eval", None):
         averaged()

@@ -18,7 +18,7 @@ from stages import KINDS, StageContext
 from stages.base import Artifact, Resources, StageResult
 from stages.data.prepare import Prepared
 from stages.errors import StageError
-from stages.training import stage as training_stage
+from stages.training import recovery
 from stages.training import trainer as trainer_module
 
 from ..conftest import chat, prepared_beside, write_jsonl
@@ -89,7 +89,7 @@ def stage(
             local=workers == 1 and "deepspeed" not in config, code=str(prompts),
         )  # fmt: skip
         if worker is not None:
-            patch.setattr(training_stage, "train_on_worker", worker)
+            patch.setattr(recovery, "train_on_worker", worker)
         return made.run(context)
 
 

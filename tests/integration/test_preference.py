@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from stages.data.prepare import Prepared
 from stages.errors import DataError
 from stages.scoring import answer_logprobs
-from stages.training import reference
-from stages.training import stage as training_stage
+from stages.training import recovery, reference
 from stages.training import trainer as trainer_module
 from stages.training.drift import FILE
 
@@ -247,7 +246,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         return trainer_module.train_on_worker(job | {"build": build})
 
     with monkeypatch.context() as patch, pytest.raises(Exception, match="an accident"):
-        patch.setattr(training_stage, "train_on_worker", cut_short)
+        patch.setattr(recovery, "train_on_worker", cut_short)
         run(tmp_path / "cut", model, kind, data / "pairs.jsonl", **config)
     before = (tmp_path / "cut" / FILE).stat().st_mtime_ns
     result, _ = run(tmp_path / "cut", model, kind, data / "pairs.jsonl", **config)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from stages import KINDS, Init, StageContext
 from stages.base import Artifact, Resources, StageResult
 from stages.errors import StageError
-from stages.training import stage as training_stage
+from stages.training import recovery
 from stages.training import trainer as trainer_module
 from stages.training.consumption import check_consumption
 
@@ -47,6 +48,8 @@ def sft(
     workers: int,
     at_step: Callable[[int, int], None] | None = None,
     /,
+    stall: float = 600.0,
+    resources: Resources | None = None,
     **config: Any,
 ) -> StageResult:
     """Run the stage in its folder, again where it was begun; `at_step(rank, step)` is called after each step on each worker."""
@@ -71,17 +74,22 @@ def sft(
     with pytest.MonkeyPatch.context() as patch, prepared_beside(folder) as prepared:
         context = StageContext(
             "stage", folder, prepared, {"model": [Artifact("base", "model", model)]},
-            resources=Resources(workers=workers), local=workers == 1 and "deepspeed" not in config,
+            resources=resources or Resources(workers=workers, stall_minutes=stall / 60),
+            local=workers == 1 and "deepspeed" not in config,
         )  # fmt: skip
         if at_step is not None:
-            patch.setattr(training_stage, "train_on_worker", watched)
+            patch.setattr(recovery, "train_on_worker", watched)
         return stage.run(context)
 
 
-def kill(ranks: set[int], at: int) -> Callable[[int, int], None]:
+def once(folder: Path, signal: int, ranks: set[int], at: int) -> Callable[[int, int], None]:
+    """Send the worker's own process a signal after a step; not again after it has been replaced."""
+
     def at_step(rank: int, step: int) -> None:
-        if step == at and rank in ranks:
-            os.kill(os.getpid(), signal.SIGKILL)
+        marker = folder / f"signalled-{rank}"
+        if step == at and rank in ranks and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal)
 
     return at_step
 
@@ -188,7 +196,7 @@ def test_workers_that_do_not_share_a_disk_are_told_so(
     ray_address: str, tmp_path: Path, model: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other disk").mkdir()
-    monkeypatch.setattr(training_stage, "train_on_worker", elsewhere)
+    monkeypatch.setattr(recovery, "train_on_worker", elsewhere)
     with pytest.raises(StageError, match=r"workers do not share .*: set `storage` to a path that every node mounts"):
         sft(tmp_path / "sft", model, data, 2)
     assert not list((tmp_path / "sft").glob(".shared-*"))
@@ -197,11 +205,105 @@ def test_workers_that_do_not_share_a_disk_are_told_so(
 def test_a_killed_worker_of_two(ray_address: str, tmp_path: Path, dropping: str, data: Path) -> None:
     at = random.randint(4, 12)
     print("killed at step", at)
-    sft(tmp_path / "whole", dropping, data, 2)
-    with pytest.raises(Exception, match=r"(?i)died|killed|crash|a worker was lost"):
-        sft(tmp_path / "cut", dropping, data, 2, kill({1}, at))
-    assert sft(tmp_path / "cut", dropping, data, 2).steps == 13
+    whole = sft(tmp_path / "whole", dropping, data, 2)
+    cut = sft(tmp_path / "cut", dropping, data, 2, once(tmp_path, signal.SIGKILL, {1}, at))
+    assert cut.steps == 13 and (tmp_path / "signalled-1").exists()
+    assert whole.details["workers"] == {"workers": 2, "lost": 0, "resizes": 0}
+    assert cut.details["workers"] == {"workers": 2, "lost": 1, "resizes": 0}
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_worker_that_is_killed_again_and_again(
+    ray_address: str,
+    tmp_path: Path,
+    model: str,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A number of times without a new checkpoint, and the stage says so; its checkpoint stays."""
+
+    def at_step(rank: int, step: int) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(recovery, "RESTARTS", 1)
+    with pytest.raises(StageError, match=r"a worker was lost[\s\S]*2 times without a checkpoint since step 3"):
+        sft(tmp_path / "sft", model, data, 2, at_step)
+    assert "training goes on from checkpoint-3" in capsys.readouterr().out
+    assert (tmp_path / "sft" / "checkpoints" / "checkpoint-3").is_dir()
+
+
+def test_a_worker_that_stands_still_is_named_and_replaced(
+    ray_address: str, tmp_path: Path, dropping: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped (SIGSTOP), or standing in somebody's code while the other waits for it."""
+    sft(tmp_path / "whole", dropping, data, 2)
+    stopped = sft(tmp_path / "stopped", dropping, data, 2, once(tmp_path, signal.SIGSTOP, {1}, 5), stall=5.0)
+    told = capsys.readouterr().out
+    assert "worker 1 (process" in told and "has not been heard of for 5 s, since step" in told
+    assert stopped.details["workers"]["lost"] == 1
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+    def stands_still(rank: int, step: int) -> None:
+        if step == 5 and rank == 0 and not (tmp_path / "stood").exists():
+            (tmp_path / "stood").touch()
+            time.sleep(600)
+
+    standing = sft(tmp_path / "standing", dropping, data, 2, stands_still, stall=5.0)
+    told = capsys.readouterr().out
+    assert "nothing has moved for 5 s, since step" in told and "worker 0" in told and "stands in stands_still" in told
+    assert "worker 1" not in told.split("nothing has moved")[1].splitlines()[0], "it waits in a collective"
+    assert standing.details["workers"]["lost"] == 1
+    assert_same(tmp_path / "whole", tmp_path / "standing")
+
+
+@pytest.mark.parametrize("deepspeed", [None, pytest.param("zero3", marks=pytest.mark.slow)])
+def test_fewer_workers_where_there_is_room_for_fewer_and_more_when_there_is_more(
+    ray_address: str, tmp_path: Path, model: str, data: Path, deepspeed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`workers: 1..2` on a cluster of 4 CPUs of which 3 are taken until the first steps are made: the same steps, of the same
+    rows, and the same model as with 2 workers from the start."""
+    import ray
+
+    @ray.remote(num_cpus=3)
+    class Other:
+        pass
+
+    settings = {"train": train(4, save_steps=100, num_train_epochs=3)} | ({"deepspeed": deepspeed} if deepspeed else {})
+    whole = sft(tmp_path / "whole", model, data, 2, **settings)
+    monkeypatch.setattr(recovery, "SETTLE_SECONDS", 1.0)
+    other = Other.remote()
+    ray.get(other.__ray_ready__.remote())
+
+    def slowly(rank: int, step: int) -> None:
+        import torch.distributed as dist
+
+        workers = dist.get_world_size() if dist.is_initialized() else 1
+        if workers == 1:
+            (tmp_path / "begun").touch()
+            time.sleep(0.5)
+
+    def leave() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.1)
+        ray.kill(other)
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    elastic = Resources(workers=2, at_least=1)
+    result = sft(tmp_path / "sft", model, data, 2, slowly, resources=elastic, **settings)
+    leaving.join()
+    assert result.details["workers"] == {"workers": 2, "lost": 0, "resizes": 1}
+    lines = [json.loads(line) for line in (tmp_path / "sft" / "consumed.jsonl").open()]
+    assert [line["workers"] for line in lines] == sorted(line["workers"] for line in lines)
+    assert {line["workers"] for line in lines} == {1, 2}
+    assert result.steps == whole.steps == 39 and result.details["consumption"]["problems"] == []
+    wanted, got = log(tmp_path / "whole"), log(tmp_path / "sft")
+    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in wanted], rel=1e-4)
+    trained = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "sft").items():
+        assert torch.allclose(tensor, trained[name], atol=2e-3), name
 
 
 @pytest.mark.slow
@@ -220,9 +322,8 @@ def test_all_workers_killed_under_deepspeed(
     at = random.randint(4, 12)
     print("killed at step", at)
     sft(tmp_path / "whole", dropping, data, 2, **config)
-    with pytest.raises(Exception, match=r"(?i)died|killed|crash"):
-        sft(tmp_path / "cut", dropping, data, 2, kill({0, 1}, at), **config)
-    assert sft(tmp_path / "cut", dropping, data, 2, **config).steps == 13
+    cut = sft(tmp_path / "cut", dropping, data, 2, once(tmp_path, signal.SIGKILL, {0, 1}, at), **config)
+    assert cut.steps == 13 and cut.details["workers"]["lost"] == 1
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -334,13 +435,14 @@ def test_a_run_goes_on_after_sigkill(undisturbed: Path, tmp_path: Path, dropping
     assert len(killed) == (2 if victim == "workers" else 1)
     for each in killed:
         each.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert process.returncode == (1 if victim == "workers" else -signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == (0 if victim == "workers" else -signal.SIGKILL), out + err
     psutil.wait_procs(family, timeout=30)
-    again = started(tmp_path, "cut", dropping, data)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, out + err
-    assert "goes on where it was" in out
+    if victim == "driver":
+        again = started(tmp_path, "cut", dropping, data)
+        out, err = again.communicate(timeout=300)
+        assert again.returncode == 0, out + err
+        assert "goes on where it was" in out
     assert_same(undisturbed, tmp_path / "runs" / "cut" / "sft")
     made = json.loads((tmp_path / "runs" / "cut" / "sft" / "manifest.json").read_text())
     assert made["workers"] == 2

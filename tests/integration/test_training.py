@@ -18,7 +18,7 @@ from stages import KINDS, StageContext
 from stages.base import Artifact, Resources, StageResult
 from stages.scoring import trained_token_loss
 from stages.training import fed as fed_module
-from stages.training import stage as training_stage
+from stages.training import recovery
 from stages.training import trainer as trainer_module
 from stages.training.feed import FeedLoader
 
@@ -135,7 +135,7 @@ def train_and_record(config: dict[str, Any]) -> Any:
 def test_every_row_reaches_the_trainer_once_an_epoch(
     tmp_path: Path, model: str, data: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_stage, "train_on_worker", train_and_record)
+    monkeypatch.setattr(recovery, "train_on_worker", train_and_record)
     run(tmp_path / "sft", model, "sft", data / "chats.jsonl", workers, train=train(4, num_train_epochs=2))
     seen = [json.loads(line) for file in tmp_path.glob("sft/seen-*.jsonl") for line in file.open()]
     steps = -(-101 // (4 * workers))
