@@ -157,14 +157,18 @@ def init(
 @app.command()
 def submit(
     spec: SpecPath,
-    address: Annotated[str, typer.Option(help="The cluster's dashboard, for example http://head:8265.")],
+    address: Annotated[
+        str,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, for example http://head:8265."),
+    ],
     set: Overrides = None,
     env: Annotated[list[str] | None, typer.Option(help="Name of an environment variable to send along.")] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the job's log to its end.")] = True,
 ) -> None:
-    """Run the same spec as a Ray job on a cluster, and follow its log."""
+    """Run the same spec as a Ray job on a cluster, and follow its log. While the job runs, the same command follows it."""
     from pipeline.submit import submit_spec
 
-    raise typer.Exit(submit_spec(spec, address, set or [], env or []))
+    raise typer.Exit(submit_spec(spec, address, set or [], env or [], wait))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,13 +43,19 @@ def build_spec(
     file: str | None = None,
     default_name: str = "run",
     problems: list[Problem] | None = None,
+    within: Path | None = None,
 ) -> Spec:
     """Check a spec given as plain data.
+
+    Args:
+        within: of a spec that is sent elsewhere, the folder that goes with it: data and models outside are not looked at.
 
     Raises:
         SpecError: with every mistake, those in `problems` included.
     """
-    return _Checker(raw, folder, lines or {}, file, default_name, problems if problems is not None else []).build()
+    return _Checker(
+        raw, folder, lines or {}, file, default_name, problems if problems is not None else [], within
+    ).build()
 
 
 class _Checker:
@@ -60,9 +67,10 @@ class _Checker:
         file: str | None,
         default_name: str,
         problems: list[Problem],
+        within: Path | None = None,
     ) -> None:
         self.raw, self.folder, self.lines, self.file, self.problems = raw, folder, lines, file, problems
-        self.default_name = default_name
+        self.default_name, self.within = default_name, within
         self.stages: dict[str, Stage | None] = {}
         self.expanded = Expanded()
         self.of_variants: list[tuple[tuple[Any, ...], str]] = []  # mistakes of variants, by their paths in `expanded`
@@ -315,7 +323,9 @@ class _Checker:
             path = source.get("path") if isinstance(source, dict) else None
             if self._reference(source):
                 continue
-            if isinstance(path, str) and not path.startswith(SCHEME):  # a dataset's other options may be what is wrong
+            if not isinstance(path, str) or self._elsewhere(self._data_path(path)):
+                continue
+            if not path.startswith(SCHEME):  # a dataset's other options may be what is wrong
                 try:
                     find_files(DataSource(path=self._data_path(path)))
                 except DataError as error:
@@ -327,7 +337,8 @@ class _Checker:
         place = self._data_place(name)
         for i, source in enumerate(sources if place else []):
             try:
-                format = self._made_format(source) if source.made_by else resolve_formats([source])[0]
+                unseen = source.made_by or self._elsewhere(source.path)
+                format = self._made_format(source) if unseen else resolve_formats([source])[0]
             except DataError as error:
                 self._problem((*place, i), str(error))
                 continue
@@ -345,11 +356,17 @@ class _Checker:
                     self._model(("stages", name, field), ref)
 
     def _made_format(self, source: DataSource) -> str | None:
-        """The format of what a stage makes; None where the stage has mistakes, or makes no dataset."""
+        """The format of what a stage makes; None where the stage has mistakes, or makes no dataset. Of files: what is said."""
         made = self.stages.get(str(source.made_by))
         return "messages" if source.messages else source.format or (made.makes if made is not None else None)
 
+    def _elsewhere(self, path: str) -> bool:
+        """Whether a path is not this machine's to judge."""
+        return self.within is not None and not Path(os.path.normpath(path)).is_relative_to(self.within)
+
     def _model(self, path: tuple[Any, ...], model: str) -> None:
+        if self._elsewhere(model):
+            return
         try:
             check_model_folder(model, whole=False)
         except DataError as error:

@@ -17,11 +17,12 @@ from pipeline.spec_checks import build_spec, dotted, line_of
 from stages.errors import Problem, SpecError, nearest
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+def load_spec(path: str | Path, overrides: Sequence[str] = (), within: Path | None = None) -> Spec:
     """Read and check a spec file.
 
     Args:
         overrides: `dotted.path=value` strings of `--set`; the value is read as YAML.
+        within: of a spec that is sent elsewhere, the folder that goes with it: data and models outside are not looked at.
 
     Raises:
         SpecError: with every mistake that was found.
@@ -46,8 +47,9 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         _apply_override(tree, override, problems)
     lines: dict[tuple[Any, ...], int] = {}
     raw = _plain(tree, (), lines, problems)
+    folder = file.resolve().parent
     return build_spec(
-        raw, folder=file.resolve().parent, lines=lines, file=str(path), default_name=file.stem, problems=problems
+        raw, folder=folder, lines=lines, file=str(path), default_name=file.stem, problems=problems, within=within
     )
 
 
