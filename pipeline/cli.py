@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from stages.capacity import Capacity
 from stages.errors import RaylignError
 
 app = typer.Typer(
@@ -65,11 +66,11 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
         console.print(render_plan(rows), soft_wrap=True)
 
 
-def _cluster_resources() -> dict[str, float] | None:
-    """What the cluster of RAY_ADDRESS has; None for this machine."""
-    if "RAY_ADDRESS" not in os.environ:
+def _cluster_resources() -> Capacity | None:
+    """What the cluster of RAY_ADDRESS has and can grow to; None for this machine."""
+    if not os.environ.get("RAY_ADDRESS"):
         return None
-    from pipeline.runner import RayCluster
+    from pipeline.cluster import RayCluster
 
     return RayCluster().capacity()
 

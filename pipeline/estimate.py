@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 
 from pipeline.advice import GIB, Training, advise, precision
 from pipeline.artifacts import read_json
-from pipeline.plan import Plan, PlannedStage, lacking, machine_resources, with_made_data
+from pipeline.capacity import lacking, machine, needs_of
+from pipeline.plan import Plan, PlannedStage, with_made_data
 from pipeline.training_checks import gpus, with_defaults
 from stages import Generate, Init
+from stages.capacity import Capacity
 from stages.data.prepare import Prepared, find_prepared
 from stages.data.source import DataSource, count_rows, resolve_formats
 from stages.data.tokenizer import load_tokenizer
@@ -44,22 +46,24 @@ class Amount:
     bytes: int | None = None  # of the prepared data
 
 
-def describe(plan: Plan, available: dict[str, float] | None = None) -> list[dict[str, Any]]:
+def describe(plan: Plan, available: Capacity | None = None) -> list[dict[str, Any]]:
     """`plan --json`: what is known of each stage; numbers that cannot be known before its inputs are made are null.
 
     Args:
-        available: CPUs, GPUs and bytes of memory of the cluster; this machine's if absent.
+        available: what the cluster has and can grow to; what this machine has if absent.
     """
-    return [_describe(plan, planned, available or machine_resources()) for planned in plan.stages]
+    return [_describe(plan, planned, available or machine()) for planned in plan.stages]
 
 
-def _describe(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> dict[str, Any]:
+def _describe(plan: Plan, planned: PlannedStage, available: Capacity) -> dict[str, Any]:
     stage, resources = planned.stage, planned.resources
     amount = amount_of(plan, planned)
     memory: Memory | None = None
     disk: int | None = None
     why, advice = [planned.why], []
     lacks = lacking(planned, available)
+    if not lacks and planned.state != "cached" and (waits := available.grows_for(needs_of(planned))):
+        why.append(waits)
     if isinstance(stage, TrainStage):
         try:
             training = training_of(plan, planned, amount)
@@ -339,13 +343,13 @@ def config_of(plan: Plan, model: str) -> dict[str, Any]:
     return read_config(model) or fetch_config(model)
 
 
-def room_of(plan: Plan, planned: PlannedStage, available: dict[str, float]) -> int | None:
+def room_of(plan: Plan, planned: PlannedStage, available: Capacity) -> int | None:
     """Bytes a worker may use: a GPU's, or its part of the machine's; None where that is not known."""
     if planned.resources.gpus_per_worker:
         told = plan.spec.cluster.gpu_memory_gib
         return int(told * GIB) if told is not None else gpu_memory()
-    memory = available.get("memory")
-    return int(memory / planned.resources.workers) if memory is not None else None
+    memory = available.most("memory")
+    return int(memory / planned.resources.workers) if 0 < memory < math.inf else None
 
 
 def gpu_memory() -> int | None:

@@ -48,6 +48,7 @@ class Terminal:
         self.bars: dict[str, TaskID] = {}
         self.read: dict[str, int] = {}  # stage -> bytes of its events already read
         self.phase: dict[str, str] = {}
+        self.waiting: dict[str, str] = {}  # stage -> what it waits for, and how long
         self.told: dict[str, float] = {}
         self.live = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[what]}"),
@@ -101,6 +102,9 @@ class Terminal:
             self._event(name, json.loads(line))
 
     def _event(self, name: str, event: dict[str, Any]) -> None:
+        if "waiting" in event:
+            self._waits(name, event)
+            return
         if "phase" in event:
             self.phase[name] = event["phase"]
             facts = ", ".join(f"{k} {number(v)}" for k, v in event.items() if k not in ("phase", "time"))
@@ -113,6 +117,19 @@ class Terminal:
         what = f"{self.phase.get(name, '')} {event['done']}/{event['total']} {event['unit']}s{''.join(said)}"
         self.live.update(self.bars[name], completed=event["done"], total=event["total"], what=what)
         if not self.console.is_terminal and time.time() - self.told.get(name, 0) > LINE_EVERY_S:
+            self.told[name] = time.time()
+            self._say(f"{name}: {what}")
+
+    def _waits(self, name: str, event: dict[str, Any]) -> None:
+        """`waiting for 4 GPU: have 0 free of 2, can grow to 4; 12 s of 1800`."""
+        if event["waiting"] is None:
+            self.waiting.pop(name, None)
+            self.live.update(self.bars[name], what=self.phase.get(name, ""))
+            return
+        what = f"waiting for {event['waiting']}; {event['seconds']} s of {event['limit']}"
+        first, self.waiting[name] = name not in self.waiting, what
+        self.live.update(self.bars[name], what=what, total=None)
+        if not self.console.is_terminal and (first or time.time() - self.told.get(name, 0) > LINE_EVERY_S):
             self.told[name] = time.time()
             self._say(f"{name}: {what}")
 

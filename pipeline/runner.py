@@ -7,21 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import read_json
+from pipeline.capacity import lacking
+from pipeline.cluster import RayCluster
 from pipeline.handoff import PROBES, Checker
 from pipeline.plan import (
     Plan,
     PlannedStage,
-    lacking,
     lineage,
-    machine_gpus,
-    machine_resources,
     with_made_data,
 )
 from pipeline.progress import Terminal
@@ -54,76 +52,6 @@ def run_plan(plan: Plan, quiet: bool = False) -> None:
             raise StageError(f"{error}; what was done stays, run the same command again to go on") from error
 
 
-class RayCluster:
-    """The cluster the stages use: the one `RAY_ADDRESS` names, else a small one of this machine, started when needed."""
-
-    def __init__(self) -> None:
-        self.given = os.environ.get("RAY_ADDRESS")
-        self._address: str | None = self.given
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self.ours = True
-        self._ready, self._over = threading.Event(), threading.Event()
-
-    @property
-    def local(self) -> bool:
-        return self.given is None
-
-    def start(self) -> None:
-        """Begin to start it; takes seconds, in which other things can be done."""
-        if self.local and self._thread is None:
-            os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
-            # Nobody listens there: what asks the dashboard for its State API is told so at once (see ENVIRONMENT).
-            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
-            self._thread = threading.Thread(target=self._start, daemon=True)
-            self._thread.start()
-
-    def _start(self) -> None:
-        """Runs until the end: Ray's processes die with the thread that started them (they ask for PR_SET_PDEATHSIG)."""
-        import ray
-
-        try:
-            if ray.is_initialized():  # the caller's own: used, and left running
-                self._address, self.ours = ray.get_runtime_context().gcs_address, False
-                self._ready.set()
-                return
-            context = ray.init(
-                address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-                object_store_memory=int(os.environ.get("RAYLIGN_OBJECT_STORE_BYTES", 512 << 20)),
-            )  # fmt: skip
-            self._address = context.address_info["gcs_address"]
-        except Exception as error:
-            self._error = error
-        self._ready.set()
-        self._over.wait()
-
-    def address(self) -> str:
-        if self.local:
-            self.start()
-            self._ready.wait()
-        if self._error is not None:
-            raise StageError(f"Ray could not be started on this machine: {self._error}") from self._error
-        assert self._address is not None
-        return self._address
-
-    def capacity(self) -> dict[str, float]:
-        """CPUs and GPUs there are in all."""
-        if self.local:
-            return {"CPU": float(os.cpu_count() or 1), "GPU": float(machine_gpus())}
-        import ray
-
-        if not ray.is_initialized():
-            ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
-        return dict(ray.cluster_resources())
-
-    def stop(self) -> None:
-        if self._thread is not None:
-            self._ready.wait()
-        if self.ours and "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
-        self._over.set()
-
-
 @dataclass
 class Running:
     planned: PlannedStage
@@ -143,7 +71,11 @@ class _Run:
         self.state: dict[str, Any] = {}
 
     def carry_out(self) -> None:
-        self._check()
+        try:
+            self._check()
+        except BaseException:
+            self.cluster.stop()
+            raise
         self._begin()
         try:
             if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
@@ -162,18 +94,26 @@ class _Run:
             raise StageError("\n".join(self.failed.values()))
 
     def _check(self) -> None:
-        """What can never work is told before anything is started; this machine does not grow as a cluster may."""
-        have = machine_resources()
-        hint = "lower `workers`, or run it on a cluster (RAY_ADDRESS, or `raylign submit`)"
+        """What can never work is told before anything is started.
+
+        Raises:
+            SpecError: a stage needs more than there will ever be, or contradicts itself.
+            StageError: no Ray answers; the run folder is not the same one on all nodes.
+        """
+        todo = [s for s in self.plan.stages if s.state != "cached" and s.stage.uses_ray]
+        hint = "lower `workers`, or " + (
+            "run it on a cluster (RAY_ADDRESS, or `raylign submit`)"
+            if self.cluster.local
+            else "let the cluster grow further"
+        )
         problems = [
-            Problem(f"stages.{s.name}", f"{what}; {hint}")
-            for s in self.plan.stages
-            if s.state != "cached"
-            for what in (lacking(s, have) if self.cluster.local else [])
+            Problem(f"stages.{s.name}", f"{what}; {hint}") for s in todo for what in lacking(s, self.cluster.capacity())
         ]
         problems += run_problems(self.plan, local=self.cluster.local)
         if problems:
             raise SpecError(problems, self.plan.spec.file)
+        if todo and "://" not in self.plan.spec.storage:
+            self.cluster.check_shared(self.folder.path)
 
     # -- the record
 
@@ -251,12 +191,7 @@ class _Run:
     def _fits(self, planned: PlannedStage, others: list[PlannedStage]) -> bool:
         if not others:
             return True  # alone: if it does not fit even so, it says what it lacks
-        have = self.cluster.capacity()
-        for kind, per in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
-            need = sum(getattr(s.resources, per) * s.resources.workers for s in [planned, *others])
-            if need > have.get(kind, 0):
-                return False
-        return True
+        return not lacking(planned, self.cluster.capacity(), others)
 
     def _start(self, planned: PlannedStage, threads: int) -> None:
         name, work = planned.name, self.folder.work(planned.name, planned.fingerprint)
@@ -293,6 +228,7 @@ class _Run:
 
     def _environment(self, planned: PlannedStage, threads: int) -> dict[str, str]:
         environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment |= self.cluster.environment(self.plan.spec.cluster.wait_minutes)
         if self.cluster.local:
             environment.pop("RAY_ADDRESS", None)
         train = getattr(planned.stage, "train", None)
@@ -313,6 +249,8 @@ class _Run:
     def _watch(self) -> None:
         for name, running in list(self.running.items()):
             self.terminal.follow(name, running.work / "events.jsonl")
+            if (waiting := self.terminal.waiting.get(name)) != self.state["stages"][name].get("waiting"):
+                self._set(name, waiting=waiting)
             if running.checker is None and self.terminal.phase.get(name) in ("train", "model"):
                 running.checker = Checker(self.folder.log(name))
             code = running.process.poll()

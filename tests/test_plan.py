@@ -15,6 +15,7 @@ from pipeline.plan import make_plan, resources_for
 from pipeline.spec import Cluster, Spec
 from stages import KINDS, SFT, Evaluate
 from stages.base import Resources
+from stages.capacity import Capacity
 from stages.data.prepare import prepare
 from stages.data.source import DataSource
 from stages.data.tokenizer import load_tokenizer
@@ -84,7 +85,7 @@ def test_the_contents_of_the_data_count_and_not_their_place(data: Path, model: s
 
 
 def test_plan_json_has_the_contracts_fields(data: Path, model: str, tmp_path: Path) -> None:
-    rows = describe(pipeline(data, model, tmp_path).plan(), {"CPU": 2.0, "GPU": 0.0})
+    rows = describe(pipeline(data, model, tmp_path).plan(), Capacity.of({"CPU": 2.0, "GPU": 0.0}))
     assert {tuple(row) for row in rows} == {
         ("name", "kind", "inputs", "fingerprint", "state", "rows", "tokens", "steps", "epochs", "workers",
          "memory_per_worker_bytes", "memory", "disk_bytes", "fits", "why", "advice")
@@ -131,17 +132,17 @@ def test_a_deepspeed_file_counts_by_its_contents(data: Path, model: str, tmp_pat
 def test_plan_says_when_memory_is_lacking_and_what_helps(data: Path, model: str, tmp_path: Path) -> None:
     long = {"train": {"max_steps": 4, "max_length": 256, "per_device_train_batch_size": 64}}
     plan = pipeline(data, model, tmp_path, stages={"sft": long}).plan()
-    enough = describe(plan, {"CPU": 2.0, "GPU": 0.0, "memory": 64.0 * 2**30})[0]
+    enough = describe(plan, Capacity.of({"CPU": 2.0, "GPU": 0.0, "memory": 64.0 * 2**30}))[0]
     assert enough["fits"] and enough["advice"] == []
     room = float(enough["memory_per_worker_bytes"] * 0.9)
-    short = describe(plan, {"CPU": 2.0, "GPU": 0.0, "memory": room})[0]
+    short = describe(plan, Capacity.of({"CPU": 2.0, "GPU": 0.0, "memory": room}))[0]
     assert not short["fits"] and "GiB of memory" in short["why"]
     assert short["advice"][0]["change"]["train"]["gradient_checkpointing"] is True
     assert all(a["memory_per_worker_bytes"] <= room and "GiB" in a["text"] for a in short["advice"])
     helped = pipeline(
         data, model, tmp_path, stages={"sft": {"train": long["train"] | short["advice"][0]["change"]["train"]}}
     )
-    assert describe(helped.plan(), {"CPU": 2.0, "GPU": 0.0, "memory": room})[0]["fits"]
+    assert describe(helped.plan(), Capacity.of({"CPU": 2.0, "GPU": 0.0, "memory": room}))[0]["fits"]
 
 
 def test_a_gpu_is_as_large_as_the_cluster_section_says(data: Path, model: str, tmp_path: Path) -> None:
@@ -149,14 +150,14 @@ def test_a_gpu_is_as_large_as_the_cluster_section_says(data: Path, model: str, t
     for size in (80.0, 0.5):
         cluster = {"workers": 2, "gpus_per_worker": 1, "gpu_memory_gib": size}
         plan = pipeline(data, model, tmp_path, cluster=cluster).plan()
-        rows.append(describe(plan, {"CPU": 8.0, "GPU": 8.0})[0])
+        rows.append(describe(plan, Capacity.of({"CPU": 8.0, "GPU": 8.0}))[0])
     assert [row["fits"] for row in rows] == [True, False]
     assert rows[1]["why"].startswith("needs ") and "a GPU has 0.5" in rows[1]["why"]
 
 
 def test_a_model_that_is_not_at_hand_is_planned_without_its_memory(data: Path, tmp_path: Path) -> None:
     plan = pipeline(data, "nobody/nothing-of-that-name", tmp_path).plan()
-    sft = describe(plan, {"CPU": 2.0, "GPU": 0.0})[0]
+    sft = describe(plan, Capacity.of({"CPU": 2.0, "GPU": 0.0}))[0]
     assert sft["memory_per_worker_bytes"] is None and sft["memory"] is None and sft["fits"] and sft["steps"] == 4
     assert "memory is not known: config.json of nobody/nothing-of-that-name" in sft["why"]
 
@@ -181,9 +182,11 @@ def test_prepared_data_is_known_before_the_run(data: Path, model: str, tmp_path:
 
 
 def test_plan_says_what_is_lacking(data: Path, model: str, tmp_path: Path) -> None:
-    rows = describe(pipeline(data, model, tmp_path, cluster={"workers": 8}).plan(), {"CPU": 2.0, "GPU": 0.0})
+    rows = describe(
+        pipeline(data, model, tmp_path, cluster={"workers": 8}).plan(), Capacity.of({"CPU": 2.0, "GPU": 0.0})
+    )
     sft = next(row for row in rows if row["name"] == "sft")
-    assert not sft["fits"] and "needs 8 CPU, there are 2" in sft["why"]
+    assert not sft["fits"] and "needs 8 CPU; have 2, cannot grow: will never start" in sft["why"]
 
 
 @pytest.mark.parametrize(
@@ -350,10 +353,10 @@ def test_what_a_ppo_worker_holds(data: Path, model: str, tmp_path: Path) -> None
 def test_processes_that_judge_take_gpus_of_their_own(data: Path, model: str, tmp_path: Path) -> None:
     cluster = {"workers": 2, "gpus_per_worker": 1, "gpu_memory_gib": 80.0}
     plan = reinforced(data, model, tmp_path, placement="separate", judge_processes=2, cluster=cluster).plan()
-    rl = describe(plan, {"CPU": 8.0, "GPU": 2.0})[-1]
-    assert not rl["fits"] and rl["why"].startswith("needs 4 GPU, there are 2")
+    rl = describe(plan, Capacity.of({"CPU": 8.0, "GPU": 2.0}))[-1]
+    assert not rl["fits"] and rl["why"].startswith("needs 4 GPU; have 2, cannot grow: will never start")
     assert rl["why"].endswith("judged by 2 more processes")
-    assert describe(plan, {"CPU": 8.0, "GPU": 4.0})[-1]["fits"]
+    assert describe(plan, Capacity.of({"CPU": 8.0, "GPU": 4.0}))[-1]["fits"]
 
 
 @pytest.mark.usefixtures("ray_address")

@@ -1,0 +1,139 @@
+"""The Ray that a run's stages use: the cluster that `RAY_ADDRESS` names, else a small one of this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline.capacity import machine
+from stages.capacity import Capacity, Growth
+from stages.cluster import GROWTH, WAIT, answers, check_shared, nodes, read_growth
+from stages.errors import StageError
+from stages.training.launch import ENVIRONMENT
+
+LOOK_AGAIN_SECONDS = 1.0
+
+
+class RayCluster:
+    """The cluster the stages use; one of this machine is started when it is needed."""
+
+    def __init__(self) -> None:
+        self.given = os.environ.get("RAY_ADDRESS") or None
+        self._address: str | None = self.given
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self.ours = True
+        self._ready, self._over = threading.Event(), threading.Event()
+        self._connected = False
+        self._growth: Growth | None = None
+        self._seen: tuple[float, Capacity] | None = None
+
+    @property
+    def local(self) -> bool:
+        return self.given is None
+
+    def start(self) -> None:
+        """Begin to start it; takes seconds, in which other things can be done."""
+        if self.local and self._thread is None:
+            os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
+            # Nobody listens there: what asks the dashboard for its State API is told so at once (see ENVIRONMENT).
+            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+            self._thread = threading.Thread(target=self._start, daemon=True)
+            self._thread.start()
+
+    def _start(self) -> None:
+        """Runs until the end: Ray's processes die with the thread that started them (they ask for PR_SET_PDEATHSIG)."""
+        import ray
+
+        try:
+            if ray.is_initialized():  # the caller's own: used, and left running
+                self._address, self.ours = ray.get_runtime_context().gcs_address, False
+                self._ready.set()
+                return
+            context = ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                object_store_memory=int(os.environ.get("RAYLIGN_OBJECT_STORE_BYTES", 512 << 20)),
+            )  # fmt: skip
+            self._address = context.address_info["gcs_address"]
+        except Exception as error:
+            self._error = error
+        self._ready.set()
+        self._over.wait()
+
+    def address(self) -> str:
+        if self.local:
+            self.start()
+            self._ready.wait()
+        if self._error is not None:
+            raise StageError(f"Ray could not be started on this machine: {self._error}") from self._error
+        assert self._address is not None
+        return self._address
+
+    def connect(self) -> None:
+        """Join a cluster that is given, and learn how far it can grow.
+
+        Raises:
+            StageError: no Ray answers there.
+        """
+        if self._connected or self.local:
+            return
+        assert self.given is not None
+        import ray
+
+        where = f"RAY_ADDRESS={self.given}"
+        if why := answers(self.given):
+            raise StageError(
+                f"{where}: no Ray answers there ({why}); start the cluster, or unset it to use this machine"
+            )
+        if ray.is_initialized():
+            self.ours = False
+        else:
+            try:
+                ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, RuntimeError) as error:
+                raise StageError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+        self._growth, self._connected = read_growth(), True
+
+    def capacity(self) -> Capacity:
+        """What there is, free and not, and what it can grow to; of a cluster not older than a second."""
+        if self.local:
+            return machine()
+        self.connect()
+        if self._seen is None or time.monotonic() - self._seen[0] > LOOK_AGAIN_SECONDS:
+            self._seen = (time.monotonic(), Capacity(nodes(), self._growth))
+        return self._seen[1]
+
+    def environment(self, wait_minutes: float) -> dict[str, str]:
+        """What tells the processes of a stage that they are on a cluster, how far it can grow and how long to wait for it."""
+        if self.local:
+            return {}
+        self.connect()
+        seconds = 60 * wait_minutes
+        return {
+            GROWTH: "null" if self._growth is None else self._growth.as_json(),
+            WAIT: str(seconds),
+            # Ray Train's own waiting, where what was free is taken between ours and its.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(seconds),
+        }
+
+    def check_shared(self, folder: Path) -> None:
+        """Whether the nodes there are now see the folder as this machine does.
+
+        Raises:
+            StageError: one does not.
+        """
+        if not self.local:
+            self.connect()
+            import ray
+
+            check_shared(folder, [node["NodeID"] for node in ray.nodes() if node["Alive"]])
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._ready.wait()
+        if self.ours and "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        self._over.set()

@@ -1,0 +1,247 @@
+"""A cluster seen through Ray: its nodes, how far its autoscaler can make it grow, waiting for room, what its nodes share.
+
+Ray's autoscalers (`ray up`, KubeRay) do not tell the cluster how many nodes they may start; their configuration does, and the
+head node has it. The runner reads it once (`read_growth`) and hands it to the stages' processes in the environment. On a single
+machine nothing of this is used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.base import Reporter
+from stages.capacity import Capacity, Growth, Need, Node, NodeType
+from stages.errors import StageError
+
+GROWTH = "RAYLIGN_GROWTH"  # a Growth as JSON, or `null`: set in the stages' environment where there is a cluster
+WAIT = "RAYLIGN_WAIT_SECONDS"
+WAIT_SECONDS = 1800.0
+POLL_SECONDS = 1.0
+DATA = "data"  # a node's own resource: where any node has it, only those prepare data
+SHARED_SECONDS = 5.0  # a network's delay until a file is seen
+HEAD = "node:__internal_head__"
+
+
+def on_cluster() -> bool:
+    return GROWTH in os.environ
+
+
+def capacity() -> Capacity:
+    """What the cluster this process is connected to has now, and what it can grow to, as far as the environment says."""
+    given = os.environ.get(GROWTH, "null")
+    return Capacity(nodes(), None if given == "null" else Growth.from_json(given))
+
+
+def nodes() -> tuple[Node, ...]:
+    """The live nodes. The head is no node of the autoscaler's, whatever type it has."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    alive = [(n.total_resources(), n.available_resources(), n) for n in [*status.active_nodes, *status.idle_nodes]]
+    return tuple(Node(total, free, "" if HEAD in total else n.ray_node_type_name) for total, free, n in alive)
+
+
+def answers(address: str, seconds: float = 5.0) -> str:
+    """Why nothing answers at `host:port`, or nothing. Towards an address where no Ray runs ray.init would hang for minutes.
+
+    Other forms (`auto`, `local`) are Ray's own matter.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit():
+        return ""
+    try:
+        socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), seconds).close()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ how far it can grow
+
+
+def read_growth() -> Growth | None:
+    """What the cluster's autoscaler may start; None where it has none."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if (reported := ray._private.state.state.get_cluster_config()) is not None and reported.node_group_configs:
+        return _of_report(reported)
+    context = ray.get_runtime_context()
+    (head,) = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
+    if head == context.get_node_id():
+        config = autoscaler_config(context.gcs_address)
+    else:
+        there = ray.remote(num_cpus=0)(autoscaler_config).options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False)
+        )
+        config = ray.get(there.remote(context.gcs_address))
+    return Growth(unknown=config) if isinstance(config, str) else None if config is None else growth_of(config)
+
+
+def _of_report(config: Any) -> Growth:
+    """Of the message an autoscaler may leave with the GCS (Ray's own ones leave none)."""
+    unlimited = lambda count: float("inf") if count < 0 else count  # noqa: E731
+    return Growth(tuple(NodeType(g.name, dict(g.resources), unlimited(g.max_count)) for g in config.node_group_configs))
+
+
+def autoscaler_config(gcs_address: str) -> dict[str, Any] | str | None:
+    """The configuration of the autoscaler of this head node, in the form of a `ray up` file; why it cannot be read; None where
+    there is no autoscaler.
+    """
+    import psutil  # type: ignore[import-untyped]
+    from ruamel.yaml import YAML
+
+    if "KUBERNETES_SERVICE_HOST" in os.environ and (name := os.environ.get("RAY_CLUSTER_NAME")):
+        return _of_kuberay(name)
+    port = gcs_address.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = process.info["cmdline"] or []
+        if not any(a.endswith("monitor.py") and f"{os.sep}autoscaler{os.sep}" in a for a in arguments):
+            continue
+        options = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+        if options.get("gcs-address", "").rpartition(":")[2] == port and (file := options.get("autoscaling-config")):
+            try:
+                return YAML(typ="safe").load(Path(file).expanduser())
+            except OSError as error:
+                return f"{file}: {error.strerror}"
+    return None
+
+
+def _of_kuberay(name: str) -> dict[str, Any] | str | None:
+    """From the RayCluster, which the head's service account may read where KubeRay's autoscaler runs beside it."""
+    import requests
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    account = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    try:
+        cluster = KubernetesHttpApiClient((account / "namespace").read_text()).get(f"rayclusters/{name}")
+    except (requests.RequestException, OSError) as error:
+        return f"the RayCluster {name} could not be read: {error}"
+    if not cluster["spec"].get("enableInTreeAutoscaling"):
+        return None
+    return _derive_autoscaling_config_from_ray_cr(cluster)
+
+
+def growth_of(config: Mapping[str, Any]) -> Growth:
+    """What a `ray up` file allows."""
+    head, limit = config.get("head_node_type"), config.get("max_workers", 2)  # Ray's default
+    types = []
+    for name, kind in config["available_node_types"].items():
+        most = kind.get("max_workers", 0 if name == head else limit)
+        if most and not kind.get("resources"):
+            return Growth(unknown=f"the node type {name} does not say what it has")
+        if most:
+            types.append(NodeType(name, kind["resources"], most))
+    return Growth(tuple(types), limit)
+
+
+# ------------------------------------------------------------------------------------------------ waiting for room
+
+
+def wait_for_room(needs: Sequence[Need], report: Reporter, shared: Path | None = None) -> None:
+    """Wait until the cluster has room for all processes at once, saying for what and how long.
+
+    The waiting is a placement group of theirs, which makes an autoscaler start nodes; it is given back when it is there, for
+    the processes themselves to be asked for. On a single machine nothing is waited for.
+
+    Args:
+        shared: a folder that all of them will write to; found to be the same one on their nodes.
+
+    Raises:
+        StageError: there was no room in the time that `cluster.wait_minutes` allows; a node does not see the folder.
+    """
+    bundles = [dict(need.each) for need in needs for _ in range(need.processes) if any(need.each.values())]
+    if not on_cluster() or not bundles:
+        return
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
+    limit = float(os.environ.get(WAIT, WAIT_SECONDS))
+    began = time.monotonic()
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        said = False
+        while not group.wait(POLL_SECONDS):
+            waited, what = time.monotonic() - began, capacity().waits_for(needs)
+            if waited > limit:
+                raise StageError(
+                    f"waited {waited:.0f} s for {what}\n  give it longer (cluster.wait_minutes), ask for less, or let the "
+                    "cluster grow further"
+                )
+            report.waiting(what, waited, limit)
+            said = True
+        if said:
+            report.waiting(None)
+        if shared is not None:
+            check_shared(shared, placement_group_table(group)["bundles_to_node_id"].values())
+    finally:
+        remove_placement_group(group)
+
+
+# ------------------------------------------------------------------------------------------------ where data is prepared
+
+
+def data_cpus() -> int:
+    """CPUs that prepare data, when the cluster has grown as far as it can; of those that have them, where nodes say so."""
+    has = capacity()
+    most = has.most_room({"CPU": 1} | data_resources(has))
+    return max(1, int(min(most, MOST_DATA_CPUS)))
+
+
+MOST_DATA_CPUS = 4096  # where it is not known how far a cluster can grow
+
+
+def data_resources(has: Capacity | None = None) -> dict[str, float]:
+    """What a task that prepares data asks for besides a CPU: nodes that have GPUs are kept free where others say they are for
+    data. Ray itself prefers nodes without GPUs for such tasks, but takes any that are free."""
+    return {DATA: 0.001} if (has or capacity()).has(DATA) else {}
+
+
+# ------------------------------------------------------------------------------------------------ what nodes share
+
+
+def check_shared(folder: Path, node_ids: Iterable[str]) -> None:
+    """Whether these nodes see what this process writes to a folder.
+
+    Raises:
+        StageError: one does not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = sorted(set(node_ids) - {here})
+    if not others:
+        return
+    marker = folder / f".shared-{uuid.uuid4().hex}"
+    marker.touch()
+
+    def sees(marker: str) -> bool:  # goes to the workers by value: importing ours takes seconds
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not os.path.isfile(marker):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    try:
+        look = ray.remote(num_cpus=0)(sees)
+        on = [NodeAffinitySchedulingStrategy(node, soft=False) for node in others]
+        seen = ray.get([look.options(scheduling_strategy=each).remote(str(marker)) for each in on])
+    finally:
+        marker.unlink()
+    if not all(seen):
+        names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        blind = [f"{names[node]} ({addresses[node]})" for node, sees in zip(others, seen, strict=True) if not sees]
+        raise StageError(
+            f"{folder} is not the same folder on {', '.join(blind)} as on {socket.gethostname()}: set `storage` to a path that "
+            "every node mounts, or to a bucket (s3://, gs://)"
+        )
