@@ -84,10 +84,10 @@ class Autoscaled:
         return Counter(n.ray_node_type_name for n in alive if HEAD not in n.total_resources())
 
     def wait(self, wanted: Counter[str] | dict[str, int], seconds: float) -> None:
-        """Until there are just these workers."""
+        """Until there are just these nodes."""
         end = time.time() + seconds
-        while (there := self.nodes()) != Counter(wanted):
-            assert time.time() < end, f"there are {dict(there)}, wanted {dict(wanted)}\n{self.seen}"
+        while (there := self.seen.changes[-1][1] if self.seen.changes else None) != Counter(wanted):
+            assert time.time() < end, f"wanted {dict(wanted)}, there are {there}\n{self.seen}"
             time.sleep(0.2)
 
 
@@ -106,7 +106,7 @@ def autoscaled(
     address = f"127.0.0.1:{port}"
     file = folder / "autoscaler.yaml"
     kinds = {name: {"resources": has, "node_config": {}, "max_workers": count} for name, (has, count) in types.items()}
-    kinds["head"] = {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0}
+    kinds["ray.head.default"] = {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0}
     nothing: dict[str, Any] = {key: {} for key in ("docker", "auth", "file_mounts")}
     nothing |= {
         key: []
@@ -119,7 +119,7 @@ def autoscaled(
     }  # fmt: skip
     config = {
         "cluster_name": "test", "max_workers": most, "provider": provider, "available_node_types": kinds,
-        "head_node_type": "head", "idle_timeout_minutes": idle_seconds / 60, "upscaling_speed": 100,
+        "head_node_type": "ray.head.default", "idle_timeout_minutes": idle_seconds / 60, "upscaling_speed": 100,
         "file_mounts_sync_continuously": False, **nothing,
     }  # fmt: skip
     YAML().dump(config, file)
