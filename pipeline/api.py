@@ -12,6 +12,7 @@ from pipeline.spec import Spec
 from pipeline.spec_checks import build_spec
 from pipeline.spec_reader import load_spec
 from stages import Stage
+from stages.storage import pull
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class StageOutcome:
 
     @property
     def model(self) -> Path | None:
-        path = self.folder / "model"
+        path = pull(self.folder / "model")
         return path if path.is_dir() else None
 
     @property
     def data(self) -> Path | None:
-        path = self.folder / "data"
+        path = pull(self.folder / "data")
         return path if path.is_dir() else None
 
 

@@ -6,7 +6,8 @@
     runs/NAME/.work/STAGE-FINGERPRINT/    a stage that is being made, or was interrupted
     runs/NAME/.previous/STAGE-FINGERPRINT/    what a changed spec replaced: changing it back finds it again
 
-A stage is made in `.work` and becomes visible by one rename, its manifest written before it.
+A stage is made in `.work` and becomes visible by one rename, its manifest written before it. In an object store, where nothing
+can be renamed, it is the manifest, sent last, that makes it visible; here is its mirror (stages/storage.py).
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.base import Artifact
+from stages.data.files import split_address
 from stages.errors import DataError, RaylignError
+from stages.storage import address, is_remote, mirrored, names, pull, push, remove, use
 
 SHORT = 12  # characters of a fingerprint in a folder's name
+LARGE = ("model", "adapter", "data", "checkpoints")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,6 +42,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def use_run(path: str) -> Path:
+    """The local folder of a run that is named by its folder or address."""
+    if not is_remote(path):
+        return Path(path)
+    base, inner, query = split_address(path)
+    storage, _, name = inner.rstrip("/").rpartition("/")
+    return use(f"{base}{storage}{query}") / name
+
+
 def product(folder: Path, produces: str) -> Path:
     """The folder that a stage's users read."""
     return folder / ("data" if produces == "dataset" else "model")
@@ -49,15 +62,28 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run.
+        """An existing run: its folder, or address in an object store.
 
         Raises:
             DataError: the folder is not that of a run.
         """
-        folder = Path(path)
-        if not (folder / "run.json").is_file():
+        folder = use_run(str(path))
+        if not pull(folder / "run.json").is_file():
             raise DataError(f"{path}: not a run folder (there is no run.json in it)")
-        return cls(folder)
+        run = cls(folder)
+        if mirrored(folder):
+            for name in run.state().get("stages", {}):
+                run.fetch(name)
+        return run
+
+    @property
+    def address(self) -> str:
+        """Where it lies, as the user is told."""
+        return address(self.path)
+
+    def fetch(self, name: str) -> None:
+        """Have what is told of a published stage here: all but its large files."""
+        pull(self.stage(name), without=LARGE)
 
     @property
     def prepared(self) -> Path:
@@ -77,19 +103,20 @@ class RunFolder:
         return self.path / ".previous" / f"{name}-{fingerprint[:SHORT]}"
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        return read_json(self.stage(name) / "manifest.json")
+        return read_json(pull(self.stage(name) / "manifest.json"))
 
     def find(self, name: str, fingerprint: str) -> Path | None:
         """The folder of a published artifact: the stage's own, or where a change that was taken back had put it aside."""
         for folder in (self.stage(name), self._previous(name, fingerprint)):
-            manifest = read_json(folder / "manifest.json")
+            manifest = read_json(pull(folder / "manifest.json"))
             if manifest is not None and manifest["fingerprint"] == fingerprint:
                 return folder
         return None
 
     def was_started(self, name: str, fingerprint: str) -> bool:
         work = self.work(name, fingerprint)
-        return any(work.glob("checkpoints/checkpoint-*/complete.json")) or (work / "rewards").is_dir()
+        pull(work / "checkpoints", only="*/complete.json")
+        return any(work.glob("checkpoints/checkpoint-*/complete.json")) or "rewards" in names(work)
 
     def recall(self, name: str, fingerprint: str) -> None:
         """Bring a published artifact to its place if a later one stands there."""
@@ -106,13 +133,21 @@ class RunFolder:
 
     def _replace(self, name: str, source: Path) -> None:
         target, old = self.stage(name), self.manifest(name)
+        if mirrored(source):
+            pull(source, without=("checkpoints",)), pull(target)
         if target.exists():
             aside = self._previous(name, old["fingerprint"] if old else "unknown")
             aside.parent.mkdir(exist_ok=True)
             if aside.exists():
                 _remove(aside)
             os.replace(target, aside)
+            push(aside, last="manifest.json", without=("checkpoints",))
+            remove(target, first="manifest.json")
         os.replace(source, target)
+        push(
+            target, last="manifest.json", without=("checkpoints",)
+        )  # they have led to the model: there they are not kept
+        remove(source, first="manifest.json")
 
     def artifact(self, name: str) -> Artifact:
         """A published artifact, as the stages that use it get it."""
@@ -128,9 +163,11 @@ class RunFolder:
         with temporary.open("w") as out:
             YAML().dump(spec, out)
         os.replace(temporary, self.path / "spec.yaml")
+        push(self.path / "spec.yaml")
 
     def save_state(self, state: dict[str, Any]) -> None:
         write_json(self.path / "run.json", state)
+        push(self.path / "run.json")
 
     def state(self) -> dict[str, Any]:
         return read_json(self.path / "run.json") or {}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from pipeline.artifacts import RunFolder
 from stages.errors import DataError
+from stages.storage import pull
 
 
 def choose_model(folder: RunFolder, stage: str | None) -> Path:
@@ -27,9 +28,9 @@ def choose_model(folder: RunFolder, stage: str | None) -> Path:
     return folder.stage(stage or names[-1]) / "model"
 
 
-def talk(run: Path, stage: str | None, max_new_tokens: int, console: Console) -> None:
+def talk(run: str, stage: str | None, max_new_tokens: int, console: Console) -> None:
     """Read lines, answer them greedily and remember the conversation, until an empty line or the end of input."""
-    path = choose_model(RunFolder.open(run), stage)
+    path = pull(choose_model(RunFolder.open(run), stage))
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path)

@@ -26,7 +26,7 @@ app = typer.Typer(
 console = Console()
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its address in an object store.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override one value of the spec.")
 ]
@@ -48,7 +48,7 @@ def run(spec: SpecPath, set: Overrides = None) -> None:
         if (plan.folder.path / "run.json").is_file():
             console.print()
             console.print(render_run(plan.folder))
-            console.print(f"\nrun folder: {plan.folder.path}", soft_wrap=True, highlight=False)
+            console.print(f"\nrun folder: {plan.folder.address}", soft_wrap=True, highlight=False)
 
 
 @app.command()

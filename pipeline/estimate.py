@@ -26,6 +26,7 @@ from stages.data.source import DataSource, count_rows, resolve_formats
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import DataError
 from stages.rl.stage import RLStage
+from stages.storage import pull
 from stages.training.architecture import fetch_config, read_config
 from stages.training.deepspeed import deepspeed_config
 from stages.training.dry_run import Unpredictable, dry_run
@@ -190,13 +191,13 @@ def longest_sequence(data: Prepared) -> int | None:
     """Tokens of the longest row; of answers, of the prompt with the longest of them; of prompts alone, of the longest."""
     longest = 0
     for shard in data.manifest["shards"]:
-        names = pq.read_schema(data.path / shard["file"]).names
+        names = pq.read_schema(pull(data.path / shard["file"])).names
         if "input_ids" in names:
             return int(data.manifest["longest"])
         sides = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in names]
         if "prompt_ids" not in names:
             return None
-        table = pq.read_table(data.path / shard["file"], columns=["prompt_ids", *sides])
+        table = pq.read_table(pull(data.path / shard["file"]), columns=["prompt_ids", *sides])
         prompt, *answers = (pc.list_value_length(table[name]) for name in ("prompt_ids", *sides))
         rows = pc.add(prompt, pc.max_element_wise(*answers)) if answers else prompt
         longest = max(longest, pc.max(rows).as_py() or 0)

@@ -20,6 +20,7 @@ from stages.base import Resources, workers_range
 from stages.data.encode import DATA_VERSION
 from stages.data.prepare import options_key, sources_key
 from stages.rl.stage import RLStage
+from stages.storage import address, use
 from stages.training import optimizers
 from stages.training.deepspeed import deepspeed_config
 from stages.training.stage import TrainStage
@@ -56,7 +57,7 @@ class Plan:
 
 def make_plan(spec: Spec) -> Plan:
     """What would be done, in order. Reads the data files (for their hashes) and the run folder, changes nothing."""
-    folder = RunFolder(Path(spec.storage) / spec.name)
+    folder = RunFolder(use(spec.storage) / spec.name)
     stages: list[PlannedStage] = []
     for name in order(spec):
         stage: Stage = spec.stages[name]
@@ -155,7 +156,7 @@ def with_made_data(plan: Plan, stage: Stage) -> Stage | None:
             published = plan.folder.find(made.name, made.fingerprint)
             if published is None:
                 return None
-            source = source.model_copy(update={"path": str(product(published, made.stage.produces))})
+            source = source.model_copy(update={"path": address(product(published, made.stage.produces))})
         sources.append(source)
     return stage.model_copy(update={"data": sources}) if sources else stage
 

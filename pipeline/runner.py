@@ -29,6 +29,7 @@ from pipeline.training_checks import run_problems
 from stages.base import Artifact, StageContext
 from stages.errors import Problem, SpecError, StageError
 from stages.evaluate import check_gate
+from stages.storage import mirrored, push, use
 from stages.training.launch import ENVIRONMENT
 from stages.training.stage import TrainStage
 
@@ -42,6 +43,7 @@ def run_plan(plan: Plan, quiet: bool = False) -> None:
     Raises:
         StageError: a stage failed. The others that could still run have run, and what they made is published.
     """
+    use(plan.spec.storage)
     with plan.folder.lock(), Terminal(quiet) as terminal:
         run = _Run(plan, terminal)
         try:
@@ -112,7 +114,7 @@ class _Run:
         problems += run_problems(self.plan, local=self.cluster.local)
         if problems:
             raise SpecError(problems, self.plan.spec.file)
-        if todo and "://" not in self.plan.spec.storage:
+        if todo and not mirrored(self.folder.path):
             self.cluster.check_shared(self.folder.path)
 
     # -- the record
@@ -129,6 +131,7 @@ class _Run:
             }
             if planned.state == "cached":
                 self.folder.recall(planned.name, planned.fingerprint)
+                self.folder.fetch(planned.name)
                 self.done.add(planned.name)
                 record["state"] = "cached"
                 self.terminal.stage(planned.name, planned.stage.kind, "cached")
@@ -291,6 +294,7 @@ class _Run:
             "versions": versions(),
             **result,
         }
+        push(self.folder.log(name))
         self.folder.publish(name, manifest)
         for file in ("result.json", "events.jsonl", PROBES):
             (self.folder.stage(name) / file).unlink(missing_ok=True)
@@ -306,6 +310,7 @@ class _Run:
             f"stage {name} failed: {cause}\n  log: {log}\n  what was done stays; run the same command again to go on"
         )
         self.failed[name] = message
+        push(log)
         self._set(name, state="failed", error=cause, seconds=round(time.time() - running.started, 2))
         self.terminal.stage(name, running.planned.stage.kind, "failed")
 

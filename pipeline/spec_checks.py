@@ -22,6 +22,7 @@ from stages.data.tokenizer import check_model_folder, read_chat_template
 from stages.errors import DataError, Problem, SpecError, nearest
 from stages.init import config_problems
 from stages.rewards import is_function
+from stages.storage import is_remote
 from stages.training.deepspeed import PRESETS
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -99,7 +100,7 @@ class _Checker:
         spec = Spec(
             name=head.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.default_name),
             model=self._model_path(head.model) if isinstance(head.model, str) else f"stages.{BASE}",
-            storage=str((self.folder / head.storage).resolve()),
+            storage=head.storage if is_remote(head.storage) else str((self.folder / head.storage).resolve()),
             seed=head.seed,
             cluster=head.cluster,
             chat_template=template,

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from stages.base import StageContext
 from stages.errors import RaylignError
+from stages.storage import pull_model
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def run(job: StageJob) -> dict[str, Any]:
 
         connect(job.ray_address)
     stage = KINDS[job.kind].model_validate(job.config)
+    for artifact in (a for artifacts in job.context.inputs.values() for a in artifacts):
+        pull_model(artifact.model)
     return stage.run(job.context).as_dict()
 
 

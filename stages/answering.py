@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from stages.data.groups import read_group
 from stages.data.prepare import Prepared
 from stages.data.tokenizer import load_tokenizer
 from stages.rewards import Answered, Scorer, Scoring
 from stages.selection import unusable
+from stages.storage import names, pull, push
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Chunk:
 
     def prompts(self) -> list[dict[str, Any]]:
         """Rows of the `prompt` task (stages/data/encode.py)."""
-        return pq.ParquetFile(self.file).read_row_group(self.group).slice(self.start, self.count).to_pylist()
+        return read_group(self.file, self.group).slice(self.start, self.count).to_pylist()
 
 
 def cut(data: Prepared, size: int, most: int | None = None) -> list[Chunk]:
@@ -52,19 +52,22 @@ def _file(folder: Path, chunk: Chunk) -> Path:
 
 def left_of(folder: Path, chunks: Sequence[Chunk]) -> list[Chunk]:
     """The chunks that are not done yet."""
-    return [chunk for chunk in chunks if not _file(folder, chunk).is_file()]
+    there = names(folder)
+    return [chunk for chunk in chunks if _file(folder, chunk).name not in there]
 
 
 def read_chunk(folder: Path, chunk: Chunk) -> Any:
-    return json.loads(_file(folder, chunk).read_text())
+    return json.loads(pull(_file(folder, chunk)).read_text())
 
 
 def write_chunk(folder: Path, chunk: Chunk, value: Any) -> None:
     """The file is there only once it is whole; writing it again does no harm."""
     path = _file(folder, chunk)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(value))
     os.replace(temporary, path)
+    push(path)
 
 
 # ------------------------------------------------------------------------------------------------ what workers do

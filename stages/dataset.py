@@ -20,6 +20,7 @@ from stages.data.spans import Refused
 from stages.errors import StageError
 from stages.rewards import Scorer
 from stages.selection import Answer, Choice, Make, choose, rows, unusable
+from stages.storage import pull
 
 ROWS_IN_FILE = 50_000
 SHOWN = 8  # prompts kept for the report, with all their answers
@@ -175,6 +176,6 @@ def _beyond(data: Prepared, asked: int) -> Iterator[LedgerEntry]:
     """The rows beyond `max_prompts`."""
     for shard in data.manifest["shards"]:
         if asked < shard["rows"]:
-            rows = pq.read_table(data.path / shard["file"], columns=["source", "row"]).slice(asked).to_pylist()
+            rows = pq.read_table(pull(data.path / shard["file"]), columns=["source", "row"]).slice(asked).to_pylist()
             yield from (LedgerEntry(r["source"], r["row"], "max_prompts", "beyond the first asked for") for r in rows)
         asked = max(0, asked - shard["rows"])

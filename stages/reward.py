@@ -14,10 +14,10 @@ import numpy as np
 
 from stages.base import StageContext, StageResult
 from stages.data.encode import Task
+from stages.data.groups import Group, read_group
 from stages.training.answers import PAIR, answer_collator, model_inputs
 from stages.training.arguments import TrainConfig, train_config
 from stages.training.fed import Fed, Scored
-from stages.training.feed import Group
 from stages.training.head import ScoreHead
 from stages.training.job import TrainerParts
 from stages.training.pair_statistics import pair_statistics
@@ -128,11 +128,10 @@ def rewards_of(head: ScoreHead, model: Any, inputs: dict[str, Any], sides: int) 
 
 
 def first_rows(groups: list[Group], count: int) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
 
     rows: list[dict[str, Any]] = []
     for file, group, _ in groups:
-        rows += pq.ParquetFile(file).read_row_group(group).to_pylist()
+        rows += read_group(file, group).to_pylist()
         if len(rows) >= count:
             break
     return rows[:count]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from stages.data.chat import IGNORE
 from stages.sampling import ended, sample, stop_ids_of
+from stages.storage import pull_model
 from stages.training.head import TrainedHead
 from stages.training.losses import token_logps
 
@@ -26,7 +27,7 @@ def load_for_scoring(model: str, reward: bool = False) -> Any:
 
     cls = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return cls.from_pretrained(model, **({"num_labels": 1} if reward else {})).eval().to(device)
+    return cls.from_pretrained(pull_model(model), **({"num_labels": 1} if reward else {})).eval().to(device)
 
 
 def _batches(rows: Sequence[Row], size: int, length: Callable[[Row], int]) -> Iterator[list[int]]:

@@ -139,6 +139,21 @@ def tokenizer(model: str) -> Any:
 
 
 @pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """An S3 server on loopback with a bucket; what stands behind addresses there (stages/data/files.py)."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="bucket")
+    yield f"?endpoint_override={host}:{port}&scheme=http"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """One Ray for every test; what starts runs of its own uses it through RAY_ADDRESS."""
     import ray

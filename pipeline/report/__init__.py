@@ -10,6 +10,7 @@ from pipeline.artifacts import RunFolder
 from pipeline.plan import read_metrics
 from pipeline.tables import COLUMNS, cell, evaluations, said_of, stage_rows, sweep_tables
 from stages.data.encode import WARNINGS
+from stages.storage import push
 
 WIDTH, HEIGHT = 560, 120
 
@@ -33,6 +34,7 @@ def write_report(folder: RunFolder) -> None:
     temporary = folder.path / ".report.html.tmp"
     temporary.write_text(page)
     temporary.replace(folder.path / "report.html")
+    push(folder.path / "report.html")
 
 
 def _details(folder: RunFolder, name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class DataFile:
 
 def classify(path: str) -> DataFile | None:
     """The kind of a file by its name, or None where it is not a data file."""
-    name = _split(path)[1].lower()
+    name = split_address(path)[1].lower()
     gzipped = name.endswith(".gz")
     kind = SUFFIXES.get(PurePosixPath(name[:-3] if gzipped else name).suffix)
     return DataFile(path, kind, gzipped) if kind and not (gzipped and kind == "parquet") else None
@@ -90,9 +90,9 @@ def _local(path: str) -> tuple[dict[str, int], bool]:
 
 def _remote(path: str) -> tuple[dict[str, int], bool]:
     """As `_local`, through pyarrow.fs."""
-    base, inner, query = _split(path)
-    store = _store(base + query)
-    info = store.get_file_info(_inside(base, inner))
+    base, inner, query = split_address(path)
+    store = store_of(base + query)
+    info = store.get_file_info(inside(base, inner))
     if info.type == fs.FileType.File:
         return {path: info.size}, False
     wild = re.search(r"[*?\[]", inner)
@@ -101,7 +101,7 @@ def _remote(path: str) -> tuple[dict[str, int], bool]:
         return {}, False
     folder = inner if is_folder or not wild else inner[: wild.start()].rpartition("/")[0]
     pattern = inner[len(folder) :].strip("/").split("/")
-    start, found = _inside(base, folder), {}
+    start, found = inside(base, folder), {}
     for entry in store.get_file_info(fs.FileSelector(start, recursive=True, allow_not_found=True)):
         name = PurePosixPath(entry.path[len(start) :].strip("/"))
         chosen = not _hidden(name) and classify(str(name)) if is_folder else _matches(name.parts, pattern)
@@ -125,7 +125,7 @@ def _hidden(path: Path | PurePosixPath) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
-def _split(path: str) -> tuple[str, str, str]:
+def split_address(path: str) -> tuple[str, str, str]:
     """(scheme://bucket/, path inside, ?options); of a local path only the middle one."""
     if "://" not in path:
         return "", path, ""
@@ -135,14 +135,14 @@ def _split(path: str) -> tuple[str, str, str]:
     return f"{scheme}://{bucket}/", inner, mark + query
 
 
-def _inside(base: str, inner: str) -> str:
+def inside(base: str, inner: str) -> str:
     """The path as its filesystem has it: with the bucket, or absolute on this machine."""
     bucket = urlsplit(base).netloc.rpartition("@")[2]
     return f"{bucket}/{inner}".rstrip("/") if bucket else f"/{inner}"
 
 
 @lru_cache(maxsize=64)
-def _store(base: str) -> fs.FileSystem:
+def store_of(base: str) -> fs.FileSystem:
     if "@" in base and not base.startswith("gs://anonymous@"):
         raise DataError("keep credentials in the environment, not in the address")
     if base.startswith("gs://") and "retry_limit_seconds" not in base:  # or it tries for a quarter of an hour
@@ -176,8 +176,8 @@ def open_file(path: str) -> BinaryIO:
     with _told(path):
         if "://" not in path:
             return open(path, "rb", buffering=BUFFER)
-        base, inner, query = _split(path)
-        remote = _store(base + query).open_input_file(_inside(base, inner))
+        base, inner, query = split_address(path)
+        remote = store_of(base + query).open_input_file(inside(base, inner))
         return io.BufferedReader(_Remote(path, remote), BUFFER)
 
 
@@ -251,8 +251,8 @@ def size(file: DataFile) -> int:
 
 
 def _info(path: str) -> fs.FileInfo:
-    base, inner, query = _split(path)
-    return _store(base + query).get_file_info(_inside(base, inner))
+    base, inner, query = split_address(path)
+    return store_of(base + query).get_file_info(inside(base, inner))
 
 
 def content_hash(file: DataFile) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import DataError
+from stages.storage import pull
 
 EXAMPLES = 5  # rows shown per reason
 WORST = 3  # reasons named when too much is lost
@@ -37,7 +38,7 @@ def write_entries(path: Path, entries: Iterable[LedgerEntry]) -> None:
 
 def read_entries(folder: Path) -> Iterator[LedgerEntry]:
     """All entries of a prepared dataset, in the order of its input."""
-    for path in sorted(folder.glob("ledger-*.jsonl")):
+    for path in sorted(pull(folder, only="ledger-*").glob("ledger-*.jsonl")):
         with path.open() as lines:
             for line in lines:
                 yield LedgerEntry(**json.loads(line))

@@ -34,6 +34,7 @@ from stages.data.mixing import mark_duplicates
 from stages.data.packing import pack_table
 from stages.data.source import DataSource, content_hash, find_files, resolve_formats
 from stages.errors import DataError, RaylignError
+from stages.storage import mirrored, names, pull, push, remove
 
 GROUP_ROWS = 1024  # rows of a Parquet row group: the unit the trainer's feed shuffles
 GROUP_TOKENS = 1 << 20  # of a row group of packs, about
@@ -79,7 +80,9 @@ class Prepared:
     def read(self) -> list[Row]:
         """Every row, in order. For evaluation sets and tests; training streams instead (stages/training/feed.py)."""
         return [
-            row for shard in self.manifest["shards"] for row in pq.read_table(self.path / shard["file"]).to_pylist()
+            row
+            for shard in self.manifest["shards"]
+            for row in pq.read_table(pull(self.path / shard["file"])).to_pylist()
         ]
 
 
@@ -116,10 +119,10 @@ def prepare(
     """
     key = _key(sources, recipe)
     target = root / digest(json.dumps(key, sort_keys=True))
-    if not (target / "manifest.json").is_file():
+    if not pull(target / "manifest.json").is_file():
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".lock-{target.name}"):  # a stage beside this one may want the same
-            if not (target / "manifest.json").is_file():
+            if not pull(target / "manifest.json").is_file():
                 _Making(sources, key["formats"], recipe, target, key, progress).run()
     return Prepared(target, json.loads((target / "manifest.json").read_text()))
 
@@ -127,7 +130,7 @@ def prepare(
 def find_prepared(sources: Sequence[DataSource], recipe: Recipe, root: Path) -> Prepared | None:
     """As `prepare`, but None where it is not there yet."""
     target = root / digest(json.dumps(_key(sources, recipe), sort_keys=True))
-    file = target / "manifest.json"
+    file = pull(target / "manifest.json")
     return Prepared(target, json.loads(file.read_text())) if file.is_file() else None
 
 
@@ -171,6 +174,7 @@ class _ShardWriter:
             return None
         self.writer.close()
         os.replace(self.temporary, self.path)
+        push(self.path)
         return {"file": self.path.name, "rows": sum(self.groups), "groups": self.groups}
 
 
@@ -226,7 +230,8 @@ def trained_of(row: Row) -> int:
 def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, recipe: Recipe, work: Path) -> None:
     """Read, encode and write one chunk. Writing it again gives the same files, so a retried task does no harm."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many tasks run as there are cores
-    duplicates = work / f"duplicates-{index:06}.npy"
+    work.mkdir(parents=True, exist_ok=True)
+    duplicates = pull(work / f"duplicates-{index:06}.npy")
     counts = _Counts()
     train = _ShardWriter(work / f"shard-{index:06}.parquet", SCHEMAS[recipe.task])
     held = _ShardWriter(work / f"eval-{index:06}.parquet", SCHEMAS[recipe.task])
@@ -257,6 +262,7 @@ def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, rec
             if entry is not None:
                 lines.write(ledger.as_line(entry))
     os.replace(work / f"ledger-{index:06}.jsonl.tmp", work / f"ledger-{index:06}.jsonl")
+    push(work / f"ledger-{index:06}.jsonl")
     done = vars(counts) | {
         "stops": sorted(counts.stops),
         "source": chunk.source,
@@ -270,29 +276,39 @@ def hash_chunk(index: int, chunk: Chunk, source: DataSource, format: str, seed: 
     """The hashes of a chunk's records: an array of (row, hash)."""
     pairs = list(record_hashes(read_chunk(chunk), source, format, seed))
     array = np.array(pairs, dtype=np.uint64).reshape(-1, 2)
+    work.mkdir(parents=True, exist_ok=True)
     temporary = work / f".hashes-{index:06}.npy"
     np.save(temporary, array)
     os.replace(temporary, work / f"hashes-{index:06}.npy")
+    push(work / f"hashes-{index:06}.npy")
 
 
 def pack_window(index: int, groups: Sequence[tuple[str, int]], recipe: Recipe, work: Path) -> None:
     """The rows of some row groups of shards, packed, in one file."""
     assert recipe.max_length is not None
-    table = pa.concat_tables([pq.ParquetFile(work / file).read_row_group(group) for file, group in groups])
+    table = pa.concat_tables([pq.ParquetFile(pull(work / file)).read_row_group(group) for file, group in groups])
     packed = pack_table(table, recipe.max_length, seed=recipe.seed if recipe.shuffle else None)
     path = work / f"packed-{index:06}.parquet"
     rows = max(16, min(GROUP_ROWS, GROUP_TOKENS // recipe.max_length))
     pq.write_table(packed, work / (path.name + ".tmp"), row_group_size=rows, compression="zstd")
     os.replace(work / (path.name + ".tmp"), path)
+    push(path)
 
 
 def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value))
     os.replace(temporary, path)
+    push(path)
 
 
 # ------------------------------------------------------------------------------------------------ making it
+
+
+def missing(work: Path, name: str, count: int) -> list[int]:
+    """Which of the files numbered 0 .. count are not there yet."""
+    there = names(work)
+    return [i for i in range(count) if name.format(i) not in there]
 
 
 class _Making:
@@ -309,7 +325,8 @@ class _Making:
     ) -> None:
         self.sources, self.formats, self.recipe, self.target = list(sources), formats, recipe, target
         self.key, self.progress = key, progress
-        self.work = target.parent / f".making-{target.name}"
+        # In an object store nothing can be renamed: there it is the manifest, which comes last, that makes the folder whole.
+        self.work = target if mirrored(target) else target.parent / f".making-{target.name}"
 
     def run(self) -> None:
         sources, formats, recipe, work = self.sources, self.formats, self.recipe, self.work
@@ -317,37 +334,49 @@ class _Making:
         self._keep_or_clear(repr(todo))
         if recipe.deduplicate:
             self._map(
-                [i for i in range(len(todo)) if not (work / f"hashes-{i:06}.npy").is_file()],
+                missing(work, "hashes-{:06}.npy", len(todo)),
                 lambda i, todo: hash_chunk(
                     i, todo[i], sources[todo[i].source], formats[todo[i].source], recipe.seed, work
                 ),
                 todo,
             )
+            pull(work, only="hashes-*")
             mark_duplicates(work, len(todo))
+            push(work)
         self._map(
-            [i for i in range(len(todo)) if not (work / f"done-{i:06}.json").is_file()],
+            missing(work, "done-{:06}.json", len(todo)),
             lambda i, todo: prepare_chunk(i, todo[i], sources[todo[i].source], formats[todo[i].source], recipe, work),
             todo,
         )
         if sources_key(sources) != self.key["sources"]:
-            shutil.rmtree(work)
+            self._clear()
             raise DataError("the data changed while it was being prepared; run the same command again")
+        pull(work, only="done-*")
+        pull(work, only="ledger-*")
         done = [json.loads((work / f"done-{i:06}.json").read_text()) for i in range(len(todo))]
         packed = self._pack(done) if recipe.packing else None
         self._write_manifest(done, packed)
         for pattern in ("hashes-*", "duplicates-*", "done-*", "chunks"):
             for leftover in work.glob(pattern):
                 leftover.unlink()
-        shutil.rmtree(self.target, ignore_errors=True)  # without a manifest: not ours
-        os.rename(work, self.target)
+                remove(leftover)
+        if work != self.target:
+            shutil.rmtree(self.target, ignore_errors=True)  # without a manifest: not ours
+            os.rename(work, self.target)
+        push(self.target, last="manifest.json")
 
     def _keep_or_clear(self, todo: str) -> None:
         """What an interrupted attempt had made is of use only where the files are cut as they were then."""
-        cut = self.work / "chunks"
+        cut = pull(self.work / "chunks")
         if not cut.is_file() or cut.read_text() != todo:
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._clear()
             self.work.mkdir(parents=True)
             cut.write_text(todo)
+            push(cut)
+
+    def _clear(self) -> None:
+        remove(self.work)
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def _map(self, indices: list[int], task: Callable[[int, Any], None], shared: Any) -> None:
         """`task(i, shared)` for every index, by Ray Data."""
@@ -390,11 +419,11 @@ class _Making:
                 rows, tokens = rows + size, tokens + long
         windows = [window for window in windows if window]
         recipe, work = self.recipe, self.work
-        left = [i for i in range(len(windows)) if not (work / f"packed-{i:06}.parquet").is_file()]
+        left = missing(work, "packed-{:06}.parquet", len(windows))
         self._map(left, lambda i, windows: pack_window(i, windows[i], recipe, work), windows)
         shards = []
         for i in range(len(windows)):
-            meta = pq.ParquetFile(work / f"packed-{i:06}.parquet").metadata
+            meta = pq.ParquetFile(pull(work / f"packed-{i:06}.parquet")).metadata
             groups = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
             shards.append({"file": f"packed-{i:06}.parquet", "rows": sum(groups), "groups": groups})
         return shards
@@ -404,6 +433,7 @@ class _Making:
         if packed is not None:
             for shard in shards:
                 (self.work / shard["file"]).unlink(missing_ok=True)
+                remove(self.work / shard["file"])
             shards = packed
         rows, tokens = sum(shard["rows"] for shard in shards), sum(chunk["tokens"] for chunk in done)
         warnings: Counter[str] = sum((Counter(chunk["warnings"]) for chunk in done), Counter())

@@ -10,6 +10,7 @@ from jinja2 import TemplateSyntaxError
 
 from stages.data.chat import BUILT_IN, ChatEncoder
 from stages.errors import DataError
+from stages.storage import pull_model
 
 
 def check_model_folder(model: str, *, whole: bool = True) -> None:
@@ -78,7 +79,7 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
         DataError: no tokenizer, a slow one, no chat template or a broken one, or no token that can be used for padding.
     """
     try:
-        tokenizer = _tokenizer_class(model).from_pretrained(model)
+        tokenizer = _tokenizer_class(pull_model(model)).from_pretrained(model)
     except (OSError, ValueError) as error:
         raise DataError(f"{model}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
     if chat_template:

@@ -21,6 +21,7 @@ import numpy as np
 from stages.errors import StageError
 from stages.pool import told_of
 from stages.rewards import Answered, Scorer, Scoring
+from stages.storage import pull_model
 
 if TYPE_CHECKING:
     from stages.training.head import TrainedHead
@@ -117,7 +118,8 @@ class _Reference:
         from stages.training.head import TrainedHead
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = AutoModelForCausalLM.from_pretrained(options.reference, **options.load_options).eval().to(device)
+        reference = options.reference and pull_model(options.reference)
+        self.model = AutoModelForCausalLM.from_pretrained(reference, **options.load_options).eval().to(device)
         self.head, self.temperature, self.batch_size = TrainedHead(self.model), options.temperature, options.batch_size
         attention = self.model.config._attn_implementation
         self.layout = best_layout(self.model, attention, device.type == "cpu", "auto")

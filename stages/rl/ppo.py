@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from stages.answering import answered, as_answer
 from stages.base import Artifact, StageContext
+from stages.data.groups import read_group
 from stages.errors import StageError
 from stages.rewards import Scorer
 from stages.rl.advantages import KLCoefficient
@@ -33,6 +33,7 @@ from stages.rl.rollout import TOKENS, Episode, Rollout, Rollouts, make_rollout, 
 from stages.rl.settings import PPOSettings
 from stages.rl.stage import TOGETHER, Kept
 from stages.rl.watching import KeptSamples, LimitGuard, Limits
+from stages.storage import pull_model
 from stages.training import documents
 from stages.training.answers import answer_collator
 from stages.training.architecture import positions
@@ -342,11 +343,7 @@ def build_trainer(parts: TrainerParts) -> Any:
 
         def held_out_metrics(self) -> dict[str, float]:
             """The held-out prompts answered by the policy as it is; always with the same draws."""
-            prompts = [
-                row
-                for file, group, _ in self.job.held_out
-                for row in pq.ParquetFile(file).read_row_group(group).to_pylist()
-            ]
+            prompts = [row for file, group, _ in self.job.held_out for row in read_group(file, group).to_pylist()]
             episodes, _ = self.episodes(prompts, 0, self.args.seed + 1)
             terms = self.options.scorers
             told = make_rollout(
@@ -414,7 +411,7 @@ def build_trainer(parts: TrainerParts) -> Any:
 
 def _loaded(parts: TrainerParts, family: Any, model: str, peft_config: Any, args: Any, **more: Any) -> Any:
     """A model that is trained, with an adapter where the stage has one."""
-    loaded = family.from_pretrained(model, **parts.kernels.load_options(), **parts.quantization(), **more)
+    loaded = family.from_pretrained(pull_model(model), **parts.kernels.load_options(), **parts.quantization(), **more)
     loaded.config.use_cache = False
     if peft_config is None:
         return loaded

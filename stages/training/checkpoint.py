@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.storage import mirrored, names, pull, push, remove
 from stages.training.feed import Position
 
 COMPLETE = "complete.json"
@@ -65,7 +66,11 @@ def saved(path: Path) -> Saved | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders named as checkpoints, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()]
+    found = [
+        p
+        for p in pull(folder, only=f"*/{COMPLETE}").glob("checkpoint-*")
+        if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 
@@ -116,7 +121,7 @@ def newest_sound(folder: Path, say: Callable[[str], None]) -> Saved | None:
     """The checkpoint to go on from; what cannot be used is told to `say`. None: from the start."""
     found = checkpoints(folder)
     for path in reversed(found):
-        checkpoint = saved(path)
+        checkpoint = saved(pull(path))
         why = f"no readable {COMPLETE}" if checkpoint is None else damage(checkpoint)
         if checkpoint is not None and why is None:
             say(f"training goes on from {path.name}")
@@ -134,10 +139,13 @@ def hash_file(path: Path) -> str:
 
 def publish(making: Path, record: Record) -> Path:
     """Give a whole checkpoint its name, once everything in it is on the disk. One of the same step is replaced."""
-    sync(*(making / name for name in record.files))
+    sync(*(path for name in record.files if (path := making / name).is_file()))  # others are on other nodes
     (making / COMPLETE).write_text(json.dumps(asdict(record), indent=1))
     sync(making / COMPLETE, *(p for p in making.rglob("*") if p.is_dir()), making)
     target = making.with_name(f"checkpoint-{record.step}")
+    if target == making:  # of an object store, where nothing can be renamed: it is whole when COMPLETE is there
+        push(making, last=COMPLETE)
+        return target
     if target.exists():  # a damaged one, or training would not have come here again
         aside = making.with_name(f"{making.name}-replaced")
         os.replace(target, aside)
@@ -168,6 +176,7 @@ def prune(folder: Path, keep: int | None, best: Collection[str] = ()) -> None:
     for path in complete[: max(0, len(complete) - max(keep, 1))]:
         if path.name not in spared:
             aside = path.with_name(f".removed-{step_of(path)}")  # so that one removed half-way is not taken for damaged
+            remove(path, first=COMPLETE)
             os.replace(path, aside)
             shutil.rmtree(aside)
 
@@ -176,3 +185,8 @@ def sweep(folder: Path) -> None:
     """Remove what an interrupted run left half-made or half-removed. Only while nothing writes there."""
     for path in folder.glob(".*-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if mirrored(folder):
+        for name in names(folder):
+            if name.startswith(".") or not (name.endswith(".error") or COMPLETE in names(folder / name)):
+                remove(folder / name)
+                shutil.rmtree(folder / name, ignore_errors=True)

@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.base import Config
+from stages.data.groups import Group, read_group
 from stages.training import documents
 from stages.training.answers import score_answers
 from stages.training.architecture import positions
-from stages.training.feed import Group
 from stages.training.job import TrainJob
 
 FILE = "reference_samples.json"
@@ -175,7 +174,7 @@ def first_prompts(groups: list[Group], count: int) -> list[list[int]]:
     """The prompts of the first rows, each once."""
     found: dict[tuple[int, ...], None] = {}
     for file, group, _ in groups:
-        for prompt in pq.ParquetFile(file).read_row_group(group, columns=["prompt_ids"])["prompt_ids"].to_pylist():
+        for prompt in read_group(file, group, ["prompt_ids"])["prompt_ids"].to_pylist():
             found[tuple(prompt)] = None
             if len(found) == count:
                 return [list(one) for one in found]

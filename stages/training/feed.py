@@ -20,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from stages.data.groups import Group, read_group
 from stages.errors import StageError
 from stages.training.meter import Meter
 
 WINDOW_ROWS = 16384
 WINDOW_TOKENS = 1 << 25  # a window of long rows has fewer of them
 PIECE_ROWS = 512  # rows of one block on its way to the worker
-
-Group = tuple[str, int, int]  # file, row group, rows
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def read_window(window: Window, rank: int, shares: Shares, seed: int | None, fir
     mine = owned(positions, rank, shares, first_row)
     if not mine.any():
         return
-    table = pa.concat_tables([pq.ParquetFile(file).read_row_group(group) for file, group, _ in window.groups])
+    table = pa.concat_tables([read_group(file, group) for file, group, _ in window.groups])
     table = table.take(pa.array(window.order(seed)[mine]))
     table = table.append_column("epoch", pa.array(np.full(len(table), window.epoch)))
     table = table.append_column("position", pa.array(positions[mine]))

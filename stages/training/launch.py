@@ -11,6 +11,7 @@ from stages.base import Reporter, Resources
 from stages.capacity import Need
 from stages.cluster import wait_for_room
 from stages.errors import RaylignError, StageError
+from stages.storage import environment, ray_storage
 
 # The environment of stages and workers, set before Ray starts.
 # - Ray's PlacementGroupCleaner asks a State API that a local cluster does not run, and waits 15 s for the answer; a dead
@@ -63,7 +64,8 @@ def connect(address: str) -> None:
     """Join the cluster, and have a worker process started and its imports done while the stage does its own."""
     import ray
 
-    ray.init(address=address, log_to_driver=True, logging_level="ERROR")
+    told = {"env_vars": environment()} if environment() else None
+    ray.init(address=address, log_to_driver=True, logging_level="ERROR", runtime_env=told)
 
     @ray.remote(num_cpus=0)
     def warm_up() -> None:
@@ -131,7 +133,7 @@ def launch(
         # matter.
         run_config=RunConfig(
             name=folder.name,
-            storage_path=str(folder.parent),
+            **ray_storage(folder.parent),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3, max_preemption_failures=0),
         ),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.data.groups import read_group
 from stages.training.job import TrainJob
 
 FILE = "handoff.safetensors"
@@ -51,10 +52,9 @@ def make_probes(job: TrainJob, tokenizer: Any) -> list[Probe]:
 
 
 def first_rows(groups: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
 
     file, group, _ = groups[0]
-    return pq.ParquetFile(file).read_row_group(group).slice(0, ROWS).to_pylist()
+    return read_group(file, group).slice(0, ROWS).to_pylist()
 
 
 def probe_of(row: dict[str, Any], stop_ids: list[int]) -> Probe:

@@ -15,10 +15,11 @@ from typing import Any
 
 from stages.base import Resources, StageContext
 from stages.errors import StageError
+from stages.storage import pull, push
 from stages.training.feed import Shares
 from stages.training.job import Build, TrainJob
 from stages.training.launch import WorkersLost, launch, per_worker, runs_in_process
-from stages.training.trainer import train_on_worker
+from stages.training.trainer import OF_THE_DRIVER, train_on_worker
 from stages.training.universal import for_universal, go_on_from
 from stages.training.watchdog import draining_nodes, watching
 
@@ -37,6 +38,7 @@ def train_to_the_end(job: TrainJob, build: Build, ctx: StageContext, shares: Sha
     """
     say = lambda line: print(line, flush=True)  # noqa: E731
     resources, folder = ctx.resources, ctx.work / "checkpoints"
+    push(ctx.work / "base")  # the given model with rows for added tokens, where there is one
     lost: list[str] = []  # what became of workers since the checkpoint that was last gone on from
     reached, losses, resizes = -1, 0, 0
     while True:
@@ -66,6 +68,7 @@ def train_to_the_end(job: TrainJob, build: Build, ctx: StageContext, shares: Sha
             ctx.report.phase("recover", lost=str(error).splitlines()[0])
             continue
         if "paused" not in outcome:
+            pull(ctx.work, without=OF_THE_DRIVER)
             return outcome | {"lost": losses, "resizes": resizes, "workers": workers}
         resizes += 1
 
@@ -82,10 +85,11 @@ def for_workers(job: TrainJob, workers: int, shares: Shares) -> TrainJob:
 def _watched(config: dict[str, Any], ctx: StageContext, workers: int) -> dict[str, Any]:
     """Launch the workers under watch."""
     resources = ctx.resources
-    with watching(60 * resources.stall_minutes, wanted=_asker(resources, ctx.local, workers)) as (monitor, hung):
+    wanted, events = _asker(resources, ctx.local, workers), ctx.work / "events.jsonl"
+    with watching(60 * resources.stall_minutes, wanted, events) as (watch, hung):
         try:
             return launch(
-                train_on_worker, config | {"monitor": monitor}, resources=resources, local=ctx.local, folder=ctx.work,
+                train_on_worker, config | {"monitor": watch}, resources=resources, local=ctx.local, folder=ctx.work,
                 workers=workers,
             )  # fmt: skip
         except WorkersLost as error:

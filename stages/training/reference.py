@@ -27,11 +27,13 @@ from filelock import FileLock
 
 from stages.base import StageContext
 from stages.data.encode import digest
+from stages.data.groups import Group, read_group
 from stages.data.prepare import IDS, Prepared
 from stages.errors import DataError
 from stages.pool import run_pool
+from stages.storage import mirrored, names, pull, pull_model, push
 from stages.training.answers import PAIR, answer_collator, score_answers
-from stages.training.feed import Group, length
+from stages.training.feed import length
 from stages.training.job import TrainerParts, TrainJob
 
 LABELLED = ("completion_ids",)
@@ -90,10 +92,10 @@ def with_reference(
         "sides": wanted.sides, "ld_alpha": wanted.ld_alpha, "kl": wanted.kl, **computed,
     }  # fmt: skip
     target = data.path.with_name(f"{data.path.name}-reference-{digest(json.dumps(key, sort_keys=True))[:12]}")
-    reused = (target / "manifest.json").is_file()
+    reused = pull(target / "manifest.json").is_file()
     if not reused:
         with FileLock(target.with_name(f".lock-{target.name}")):  # another variant of a sweep may want the same
-            if not (target / "manifest.json").is_file():
+            if not pull(target / "manifest.json").is_file():
                 _make(data, wanted, job, ctx, target, key, progress)
     made = Prepared(target, json.loads((target / "manifest.json").read_text()))
     return made, made.manifest["reference"] | {"model": job.given_model or job.model, "reused": reused}
@@ -109,7 +111,7 @@ def _make(
     progress: Callable[[int, int], None],
 ) -> None:
     started = time.time()
-    work = target.with_name(f".making-{target.name}")
+    work = target if mirrored(target) else target.with_name(f".making-{target.name}")  # as of prepare.py
     work.mkdir(parents=True, exist_ok=True)
     parts = {part: data.row_groups(part) for part in ("shards", "eval")}
     everything = parts["shards"] + parts["eval"]
@@ -125,7 +127,8 @@ def _make(
             files["shards"] + files["eval"], everything[1:] + everything[:1], strict=True
         )
     ]
-    left = [task for task in tasks if not Path(task.file).is_file()]  # of an attempt that was interrupted
+    there = names(work)
+    left = [task for task in tasks if Path(task.file).name not in there]  # of an attempt that was interrupted
     options = {
         "job": job,
         "wanted": wanted,
@@ -143,13 +146,15 @@ def _make(
     }
     manifest = data.manifest | shards | {"reference": reference}
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(target, ignore_errors=True)  # without a manifest: not ours
-    os.rename(work, target)
+    if work != target:
+        shutil.rmtree(target, ignore_errors=True)  # without a manifest: not ours
+        os.rename(work, target)
+    push(target, last="manifest.json")
 
 
 def folder_of(model: str) -> Path:
     """Where a model's weights lie; those of the hub are fetched, as training would."""
-    if Path(model).is_dir():
+    if Path(pull_model(model)).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
@@ -178,7 +183,7 @@ def check_prompts_differ(groups: Sequence[Group]) -> None:
     """
     first = None
     for file, group, _ in groups:
-        for prompt in pq.ParquetFile(file).read_row_group(group, columns=["prompt_ids"])["prompt_ids"].to_pylist():
+        for prompt in read_group(file, group, ["prompt_ids"])["prompt_ids"].to_pylist():
             first = prompt if first is None else first
             if prompt != first:
                 return
@@ -233,9 +238,11 @@ class ReferenceWorker:
             REFERENCE[self.wanted.sides], self._logps(rows, self.collate, len(self.wanted.sides)), strict=True
         ):
             table = table.append_column(name, pa.array(values, pa.float32()))
+        Path(task.file).parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{task.file}.{os.getpid()}.tmp"
         pq.write_table(table, temporary, compression="zstd")
         os.replace(temporary, task.file)
+        push(Path(task.file))
         return len(rows)
 
     def _logps(self, rows: list[dict[str, Any]], collate: Any, sides: int) -> list[list[float]]:
@@ -257,7 +264,7 @@ class ReferenceWorker:
 
 def _read(group: Group) -> pa.Table:
     file, number, _ = group
-    return pq.ParquetFile(file).read_row_group(number)
+    return read_group(file, number)
 
 
 def answers_to_others(

@@ -18,6 +18,7 @@ from typing import Any
 
 from stages.base import Reporter
 from stages.errors import StageError
+from stages.storage import mirrored, pull
 from stages.training.checkpoint import Saved, best_of, find_best, saved, sweep
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.feed import Feed, FeedLoader
@@ -87,7 +88,7 @@ class Checkpoints:
 
     def _check_shared(self, folder: Path) -> None:
         """Threads that write a checkpoint agree through the folder, so all workers have to see the same one."""
-        if self.args.world_size == 1:
+        if self.args.world_size == 1 or mirrored(folder):
             return
         import torch
         from accelerate.utils import broadcast_object_list
@@ -300,7 +301,7 @@ class Checkpoints:
             return
         self.writer.wait()
         self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
+        best = str(pull(Path(self.state.best_model_checkpoint)))
         if not self.is_deepspeed_enabled:
             self._load_from_checkpoint(best)
             return

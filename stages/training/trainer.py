@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from stages.base import Reporter
+from stages.storage import mirrored, pull, push
 from stages.training import documents
 from stages.training.deepspeed import init_deepspeed
 from stages.training.export import save_model
@@ -17,6 +20,9 @@ from stages.training.launch import join_single_process_group, quiet_ray, worker_
 from stages.training.tuning import settle_quantized, train_in_float32
 from stages.training.watch import begin_callback, report_callback
 from stages.training.watchdog import Pulse, beating
+
+# In a stage's folder: what has its own way to the driver, or is of no use to it.
+OF_THE_DRIVER = ("checkpoints", "base", "events.jsonl", "ray")
 
 
 def import_trainers() -> None:
@@ -36,8 +42,23 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     if job.code is not None and job.code not in sys.path:
         sys.path.append(job.code)
     rank, workers = worker_rank()
-    with beating(config.get("monitor"), rank) as pulse:
+    events = job.work / "events.jsonl" if rank == 0 and mirrored(job.work) else None
+    with beating(config.get("monitor"), rank, events) as pulse, brought_here(job, rank):
         return _train(job, config["build"], config["on_cpu"], rank, workers, pulse)
+
+
+@contextmanager
+def brought_here(job: TrainJob, rank: int) -> Iterator[None]:
+    """What a worker reads, and what it has written taken back, where nodes have no folder in common."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    if job.resume is not None:
+        pull(job.resume.path)
+    if rank == 0:
+        pull(job.work, only="*.jsonl", without=OF_THE_DRIVER)
+    try:
+        yield
+    finally:
+        push(job.work, without=OF_THE_DRIVER)
 
 
 def _train(job: TrainJob, build: Build, on_cpu: bool, rank: int, workers: int, pulse: Pulse | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import StageError
+from stages.storage import push
 from stages.training.checkpoint import Saved, newest_sound, sweep
 
 
@@ -64,6 +65,7 @@ def converted(checkpoint: Saved) -> Saved:
     for path in source.iterdir():
         if path.is_file() and path.name != "latest":
             shutil.copy2(path, target / path.name)
+    push(target)
     return replace(checkpoint, path=target, universal=True)
 
 

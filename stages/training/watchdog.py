@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 BEAT_SECONDS = 1.0
@@ -33,6 +34,7 @@ class Beat:
     host: str
     step: int
     place: tuple[str, ...] = ()  # the frames its training stands in, the innermost last
+    events: str = ""  # lines of what it tells the terminal, where the driver's node does not see its files
 
     def __str__(self) -> str:
         return f"worker {self.rank} (process {self.pid} on {self.host})"
@@ -96,9 +98,11 @@ class Monitor:
     def __init__(self) -> None:
         self.standing = Standing()
         self.pause = ""  # why all are to stop at a checkpoint
+        self.events = ""
 
     def beat(self, beat: Beat) -> str:
         self.standing.note(beat, time.monotonic())
+        self.events += beat.events
         return self.pause
 
     def leave(self, rank: int) -> None:
@@ -107,16 +111,17 @@ class Monitor:
     def stop_at_checkpoint(self, why: str) -> None:
         self.pause = why
 
-    def look(self, bound: float) -> tuple[tuple[str, list[Beat]] | None, set[str]]:
-        """(who stands still, the nodes of all)."""
+    def look(self, bound: float) -> tuple[tuple[str, list[Beat]] | None, set[str], str]:
+        """(who stands still, the nodes of all, lines of events since the last look)."""
         nodes = {beat.node for _, beat in self.standing.heard.values()}
-        return self.standing.stalled(time.monotonic(), bound), nodes
+        events, self.events = self.events, ""
+        return self.standing.stalled(time.monotonic(), bound), nodes, events
 
 
 class Pulse:
     """A worker's beats, sent by a thread until `end`. `pause` is why it is to stop at a checkpoint, if it is."""
 
-    def __init__(self, monitor: Any, rank: int) -> None:
+    def __init__(self, monitor: Any, rank: int, driver: str, events: Path | None) -> None:
         import ray
 
         context = ray.get_runtime_context()
@@ -124,6 +129,8 @@ class Pulse:
         self.step: Callable[[], int] = lambda: 0  # optimiser steps done
         self.node, self.host = context.get_node_id(), ray.util.get_node_ip_address()
         self.watched, self.pause = threading.get_ident(), ""
+        self.events = events if self.node != driver else None
+        self._told = events.stat().st_size if events is not None and events.is_file() else 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._send, name="pulse", daemon=True)
         self._thread.start()
@@ -133,12 +140,22 @@ class Pulse:
 
         while not self._over.wait(BEAT_SECONDS):
             place = frames_of(self.watched)
-            beat = Beat(self.rank, os.getpid(), self.node, self.host, self.step(), place)
+            beat = Beat(self.rank, os.getpid(), self.node, self.host, self.step(), place, self._new_events())
             try:
                 self.pause = ray.get(self.monitor.beat.remote(beat))
             except ray.exceptions.RayError as error:  # the driver's node is gone; Ray ends this worker
                 print(f"worker {self.rank} is not watched any more: {error}", flush=True)
                 return
+
+    def _new_events(self) -> str:
+        if self.events is None or not self.events.is_file():
+            return ""
+        with self.events.open() as lines:
+            lines.seek(self._told)
+            new = lines.read()
+            new = new[: new.rfind("\n") + 1]
+        self._told += len(new.encode())
+        return new
 
     def end(self) -> None:
         self._over.set()
@@ -147,12 +164,13 @@ class Pulse:
 
 
 @contextmanager
-def beating(monitor: Any, rank: int) -> Iterator[Pulse | None]:
-    """A worker's pulse, where there is somebody to feel it."""
-    if monitor is None:
+def beating(watch: tuple[Any, str] | None, rank: int, events: Path | None) -> Iterator[Pulse | None]:
+    """A worker's pulse, where there is somebody to feel it: the monitor on the driver's node. `events` is sent along."""
+    if watch is None:
         yield None
         return
-    pulse = Pulse(monitor, rank)
+    monitor, driver = watch
+    pulse = Pulse(monitor, rank, driver, events)
     try:
         yield pulse
     finally:
@@ -160,17 +178,21 @@ def beating(monitor: Any, rank: int) -> Iterator[Pulse | None]:
 
 
 @contextmanager
-def watching(stall_seconds: float, wanted: Callable[[set[str]], str]) -> Iterator[tuple[Any, list[str]]]:
-    """(the monitor for workers, what was found to hang so far), while workers train.
+def watching(
+    stall_seconds: float, wanted: Callable[[set[str]], str], events: Path
+) -> Iterator[tuple[tuple[Any, str], list[str]]]:
+    """(what workers are given to be watched by, what was found to hang so far), while workers train.
 
     Args:
         stall_seconds: after which workers that do not move are ended.
         wanted: asked each second, of the nodes that workers are on: why they are to stop at a checkpoint, or nothing.
+        events: the file that events of workers elsewhere are added to.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    driver = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(driver, soft=False)
     monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
     found: list[str] = []
     over = threading.Event()
@@ -178,7 +200,10 @@ def watching(stall_seconds: float, wanted: Callable[[set[str]], str]) -> Iterato
     def look() -> None:
         asked = ""
         while not over.wait(BEAT_SECONDS):
-            stalled, nodes = ray.get(monitor.look.remote(stall_seconds))
+            stalled, nodes, lines = ray.get(monitor.look.remote(stall_seconds))
+            if lines:
+                with events.open("a") as out:
+                    out.write(lines)
             if stalled is not None:
                 what, beats = stalled
                 found.append(what)
@@ -200,7 +225,7 @@ def watching(stall_seconds: float, wanted: Callable[[set[str]], str]) -> Iterato
     thread = threading.Thread(target=looking, name="watchdog", daemon=True)
     thread.start()
     try:
-        yield monitor, found
+        yield (monitor, driver), found
     finally:
         over.set()
         ray.kill(monitor)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stages.errors import StageError
+from stages.storage import mirrored, names, pull, push, remove
 from stages.training.checkpoint import SAVING, Record, hash_file, prune, publish, sync
 
 Files = dict[str, tuple[int, str]]
@@ -115,7 +116,8 @@ class Writer:
         self._error: BaseException | None = None
 
     def making(self, step: int) -> Path:
-        return self.folder / f"{SAVING}{step}"
+        name = "checkpoint-" if mirrored(self.folder) else SAVING
+        return self.folder / f"{name}{step}"
 
     def begin(
         self, step: int, states: dict[str, Any], record: dict[str, Any], keep: int | None, best: Collection[str]
@@ -156,6 +158,7 @@ class Writer:
             message = told(error, step, self.folder)
             try:
                 note.write_text(message)
+                push(note)
             except OSError as second:
                 message += f" ({second})"
             raise StageError(message) from error
@@ -184,6 +187,7 @@ class Writer:
         files = {name: write_state(making / name, state) for name, state in states.items()}
         if self.rank:
             list_files(making, self.rank, files)
+            push(making, last=own_list(self.rank))
             return
         for rank in range(1, self.workers):
             files |= listed_files(making, rank)
@@ -191,7 +195,10 @@ class Writer:
             name = str(path.relative_to(making))
             if path.is_file() and name not in files:
                 files[name] = (path.stat().st_size, hash_file(path))
-        sync(*(path for path in self.kept if path.is_file()))
+        for path in self.kept:
+            if path.is_file():
+                sync(path)
+                push(path)
         publish(making, Record(**record, files=files))
         self.saved += 1
         prune(self.folder, keep, best)
@@ -202,7 +209,11 @@ def list_files(making: Path, rank: int, files: Files) -> None:
     sync(making)
     temporary = making / f".rank-{rank}.tmp"
     temporary.write_text(json.dumps(files))
-    os.replace(temporary, making / f".rank-{rank}.json")
+    os.replace(temporary, making / own_list(rank))
+
+
+def own_list(rank: int) -> str:
+    return f".rank-{rank}.json"
 
 
 def listed_files(making: Path, rank: int, patience: float = PATIENCE) -> Files:
@@ -212,18 +223,19 @@ def listed_files(making: Path, rank: int, patience: float = PATIENCE) -> Files:
         FileNotFoundError: another worker has given up.
         TimeoutError: for `patience` seconds no worker has begun a file.
     """
-    path = making / f".rank-{rank}.json"
-    there, since = set(making.rglob("*")), time.monotonic()
-    while not path.is_file():
-        if given_up(making).is_file():
+    path = making / own_list(rank)
+    there, since = names(making), time.monotonic()
+    while not pull(path).is_file():
+        if pull(given_up(making)).is_file():
             raise FileNotFoundError(f"another worker could not write to {making}")
         if time.monotonic() - since > patience:
-            before, there, since = there, set(making.rglob("*")), time.monotonic()
+            before, there, since = there, names(making), time.monotonic()
             if there == before:
                 raise TimeoutError(f"worker {rank} has written nothing for {patience / 60:.0f} minutes")
-        time.sleep(0.02)
+        time.sleep(0.5 if mirrored(path) else 0.02)
     files = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text()).items()}
     path.unlink()
+    remove(path)
     return files
 
 

@@ -1,0 +1,257 @@
+"""Where runs lie: a folder that every node sees, or an object store (`s3://`, `gs://`) with a mirror of it on each node.
+
+All code works on local paths. Of an object store these are paths under a mirror root, the same on every node: `pull` brings a
+file or folder of the store to this node, `push` takes it there, `remove` removes it there. On a folder all three do nothing.
+Files of the store are told apart by size and date, which a mirrored file has too, so nothing is fetched twice and nothing old
+is taken for new.
+
+Which store it is, is told to every process of a run by the environment (`RAYLIGN_STORAGE`); `RAYLIGN_CACHE` is the folder of
+mirrors on each node. Only pyarrow.fs is needed (stages/data/files.py says where credentials come from).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock
+from pyarrow import fs
+
+from stages.data.files import inside, short, split_address, store_of
+from stages.errors import StageError
+
+STORAGE, CACHE = "RAYLIGN_STORAGE", "RAYLIGN_CACHE"
+AT_ONCE = 8  # files on their way
+BLOCK = 8 << 20
+# Files that are one node's own: locks, and what is being written.
+OWN = (".lock", ".pull-", ".tmp")
+
+
+def is_remote(storage: str) -> bool:
+    return "://" in storage and not storage.startswith("file://")
+
+
+def use(storage: str) -> Path:
+    """Have this process, and those it starts, keep runs there. The local folder of it.
+
+    Raises:
+        StageError: the store cannot be reached, or may not be written to.
+    """
+    if not is_remote(storage):
+        os.environ.pop(STORAGE, None)
+        return Path(storage.removeprefix("file://"))
+    os.environ[STORAGE] = storage
+    return _store().root
+
+
+def environment() -> dict[str, str]:
+    """What processes elsewhere have to be told."""
+    return {name: os.environ[name] for name in (STORAGE, CACHE) if name in os.environ} if _given() else {}
+
+
+def _given() -> str | None:
+    return os.environ.get(STORAGE)
+
+
+class _Store:
+    """An object store and its mirror on this node."""
+
+    def __init__(self, storage: str, cache: str) -> None:
+        base, path, query = split_address(storage)
+        self.fs, self.base = store_of(base + query), inside(base, path)
+        self.address, self.options = base + path.strip("/"), query
+        name = PurePosixPath(self.base).name
+        self.root = Path(cache) / f"{name}-{hashlib.sha256(self.base.encode()).hexdigest()[:12]}"
+
+    def key(self, path: Path) -> str | None:
+        """Where a path of the mirror lies in the store."""
+        try:
+            return f"{self.base}/{path.relative_to(self.root).as_posix()}".removesuffix("/.")
+        except ValueError:
+            return None
+
+    def path(self, key: str) -> Path:
+        return self.root / key[len(self.base) :].strip("/")
+
+    def files(self, key: str) -> dict[str, fs.FileInfo]:
+        """The file of that name, or all files of the folder."""
+        info = self.fs.get_file_info(key)
+        if info.type == fs.FileType.File:
+            return {key: info}
+        if info.type == fs.FileType.NotFound:
+            return {}
+        found = self.fs.get_file_info(fs.FileSelector(key, recursive=True, allow_not_found=True))
+        return {info.path: info for info in found if info.type == fs.FileType.File}
+
+    def fetch(self, key: str, info: fs.FileInfo, target: Path) -> None:
+        if _same(target, info):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with self.fs.open_input_stream(key) as source, temporary.open("wb") as out:
+            shutil.copyfileobj(source, out, BLOCK)
+        if temporary.stat().st_size != info.size:
+            raise OSError(f"{temporary.stat().st_size} bytes of {info.size} came")
+        os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
+        os.replace(temporary, target)
+
+    def send(self, source: Path, key: str) -> None:
+        if isinstance(self.fs, fs.SubTreeFileSystem | fs.LocalFileSystem):
+            self.fs.create_dir(PurePosixPath(key).parent.as_posix(), recursive=True)
+        with source.open("rb") as data, self.fs.open_output_stream(key) as out:
+            shutil.copyfileobj(data, out, BLOCK)
+        info = self.fs.get_file_info(key)
+        os.utime(source, ns=(info.mtime_ns, info.mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _open(storage: str, cache: str) -> _Store:
+    with _told(storage):
+        return _Store(storage, cache)
+
+
+def _store() -> _Store:
+    storage = _given()
+    assert storage is not None
+    return _open(storage, os.environ.get(CACHE) or str(Path(tempfile.gettempdir()) / "raylign"))
+
+
+def _key(path: Path) -> str | None:
+    """Where a path lies in the store; None where there is none, or the path is not of its mirror."""
+    return None if _given() is None else _store().key(path)
+
+
+def mirrored(path: Path) -> bool:
+    """Whether a path is a node's own copy of what lies in an object store."""
+    return _key(path) is not None
+
+
+def address(path: Path) -> str:
+    """Where a path lies, as a user writes it in `path`, and is told of it."""
+    key = _key(path)
+    return str(path) if key is None else f"{_store().address}{key[len(_store().base) :]}{_store().options}"
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StageError(f"{what}: {short(error)}") from error
+
+
+def pull(path: Path, *, only: str | None = None, without: Collection[str] = ()) -> Path:
+    """The path, with what the store has there on this node.
+
+    Args:
+        only: of a folder the files whose path in it matches (`*` matches a `/` too); all others in absence.
+        without: names of files and folders in it that are left out.
+
+    Raises:
+        StageError: the store does not give it.
+    """
+    key = _key(path)
+    if key is None:
+        return path
+    store = _store()
+    with _told(address(path)):
+        wanted = {k: i for k, i in store.files(key).items() if not _below(k[len(key) :], without)}
+        if only is not None:
+            wanted = {k: i for k, i in wanted.items() if fnmatch.fnmatchcase(k[len(key) :].strip("/"), only)}
+        if all(_same(store.path(k), info) for k, info in wanted.items()):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Of a node's processes one fetches.
+        with FileLock(path.with_name(f".pull-{path.name}.lock")), ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda item: store.fetch(item[0], item[1], store.path(item[0])), wanted.items()))
+    return path
+
+
+def _below(name: str, names: Collection[str]) -> bool:
+    return bool(set(names) & set(PurePosixPath(name).parts))
+
+
+def push(path: Path, *, last: str | None = None, to: Path | None = None, without: Collection[str] = ()) -> None:
+    """Take a file or folder to the store; what is there already, as it is here, is not sent again.
+
+    Args:
+        last: the name of a file that is sent when all others are there: what is complete has it.
+        to: the path whose place in the store it gets, where not its own.
+        without: names of files and folders that stay here.
+
+    Raises:
+        StageError: the store does not take it.
+    """
+    key = _key(to or path)
+    if key is None:
+        return
+    store = _store()
+    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+    with _told(address(to or path)):
+        there = store.files(key)
+        todo: list[tuple[Path, str]] = []
+        for file in files:
+            part = file.relative_to(path).as_posix()
+            target = key if file == path else f"{key}/{part}"
+            own = any(sign in file.name for sign in OWN) or (file != path and _below(part, without))
+            if not own and not (target in there and _same(file, there[target])):
+                todo.append((file, target))
+        final = [item for item in todo if item[0].name == last and item[0].parent == path]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda item: store.send(*item), [item for item in todo if item not in final]))
+        for item in final:
+            store.send(*item)
+
+
+def _same(file: Path, info: fs.FileInfo) -> bool:
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return False
+    return stat.st_size == info.size and stat.st_mtime_ns == info.mtime_ns
+
+
+def names(path: Path) -> set[str]:
+    """Names of what the folder has, here or in the store."""
+    found = {child.name for child in path.iterdir()} if path.is_dir() else set()
+    key = _key(path)
+    if key is None:
+        return found
+    with _told(address(path)):
+        there = _store().fs.get_file_info(fs.FileSelector(key, allow_not_found=True))
+    return found | {PurePosixPath(info.path).name for info in there}
+
+
+def remove(path: Path, first: str | None = None) -> None:
+    """Remove a file or folder in the store; `first`: the file without which it counts for nothing."""
+    key = _key(path)
+    if key is None:
+        return
+    store = _store()
+    with _told(address(path)):
+        files = sorted(store.files(key), key=lambda k: PurePosixPath(k).name != first)
+        for file in files:
+            store.fs.delete_file(file)
+
+
+def pull_model(model: str) -> str:
+    """A model's folder with its files on this node; a hub id as it is."""
+    path = Path(model)
+    if path.is_absolute():
+        pull(path)
+    return model
+
+
+def ray_storage(folder: Path) -> dict[str, Any]:
+    """The folder as Ray Train's RunConfig has it."""
+    key = _key(folder)
+    return {"storage_path": str(folder)} if key is None else {"storage_path": key, "storage_filesystem": _store().fs}

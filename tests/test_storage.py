@@ -1,0 +1,160 @@
+"""Runs in an object store: what goes there and comes back, against an S3 server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from pipeline.artifacts import RunFolder
+from stages import storage
+from stages.errors import StageError
+from stages.storage import address, mirrored, names, pull, push, remove, use
+
+
+@pytest.fixture
+def where(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "cache"))
+    monkeypatch.delenv(storage.STORAGE, raising=False)
+    yield f"s3://bucket/{uuid4().hex}/runs{s3}"
+    os.environ.pop(storage.STORAGE, None)
+
+
+def forget(root: Path) -> None:
+    """As if on another node."""
+    shutil.rmtree(root)
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    root = use(str(tmp_path))
+    write(root / "run", a="1")
+    push(root / "run")
+    assert pull(root / "run") == root / "run" and not mirrored(root) and address(root) == str(root)
+    remove(root / "run")
+    assert (root / "run" / "a").read_text() == "1" and storage.environment() == {}
+
+
+def test_what_is_pushed_can_be_pulled_elsewhere(where: str) -> None:
+    root = use(where)
+    folder = write(root / "run", a="1", b__c="22", **{".lock": "", "d.tmp": "x"})
+    push(folder)
+    assert names(folder) >= {"a", "b"} and mirrored(folder)
+    forget(root)
+    assert sorted(p.name for p in pull(folder).rglob("*") if p.is_file()) == ["a", "c"], "locks and halves stay"
+    assert (folder / "b" / "c").read_text() == "22"
+    assert address(folder).startswith("s3://bucket/") and address(folder).partition("?")[0].endswith("/runs/run")
+    assert storage.environment()[storage.STORAGE] == where
+
+
+def test_parts_of_a_folder(where: str) -> None:
+    root = use(where)
+    folder = write(root / "run", **{"one.json": "{}"}, model__weights="w", checkpoints__c1__complete="{}")
+    push(folder, without=("model",))
+    forget(root)
+    pull(folder, only="*.json")
+    assert [p.name for p in folder.rglob("*") if p.is_file()] == ["one.json"]
+    pull(folder, without=("checkpoints",))
+    assert not (folder / "checkpoints").exists() and not (folder / "model").exists()
+    assert names(folder) == {"one.json", "checkpoints"}
+
+
+def test_a_file_of_the_same_size_that_is_newer_is_fetched(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = use(where)
+    push(write(root / "run", a="old"))
+    kept = shutil.copytree(root, root.with_name("other node"), copy_function=shutil.copy2)
+    before = (root / "run" / "a").stat().st_mtime_ns
+    while (root / "run" / "a").stat().st_mtime_ns == before:  # the store tells seconds
+        push(write(root / "run", a="new"))
+    forget(root)
+    shutil.copytree(kept, root, copy_function=shutil.copy2)
+    assert (root / "run" / "a").read_text() == "old"
+    assert (pull(root / "run") / "a").read_text() == "new"
+
+
+def test_what_is_there_is_not_sent_again(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = use(where)
+    push(write(root / "run", a="1", b="2"))
+    sent: list[str] = []
+    monkeypatch.setattr(storage._Store, "send", lambda self, source, key: sent.append(source.name))
+    monkeypatch.setattr(storage._Store, "fetch", lambda self, key, info, target: sent.append(key))
+    push(root / "run")
+    pull(root / "run")
+    write(root / "run", b="3")
+    push(root / "run")
+    assert sent == ["b"]
+
+
+def test_the_file_that_makes_it_whole_is_sent_last_and_removed_first(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = use(where)
+    order: list[str] = []
+    real = storage._Store.send
+    monkeypatch.setattr(
+        storage._Store, "send", lambda self, source, key: order.append(source.name) or real(self, source, key)
+    )
+    folder = write(root / "run", **{f"{n}.bin": "x" for n in range(20)}, **{"manifest.json": "{}"}, z__manifest="no")
+    push(folder, last="manifest.json")
+    assert len(order) == 22 and order[-1] == "manifest.json"
+    remove(folder, first="manifest.json")
+    assert names(root) <= {"run"} and storage._store().files(storage._key(folder) or "") == {}
+
+
+def test_a_store_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    gone = "s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http"
+    folder = use(gone) / "run"
+    with pytest.raises(StageError, match=r"s3://bucket/runs/run\?.*: "):
+        pull(folder)
+    with pytest.raises(StageError, match="s3://no-such-bucket"):
+        push(write(use(where.replace("bucket", "no-such-bucket", 1)) / "run", a="1"))
+
+
+def published(folder: RunFolder, fingerprint: str) -> Path:
+    write(folder.work("sft", fingerprint), model__weights=fingerprint, checkpoints__c__complete="{}")
+    manifest = {"fingerprint": fingerprint, "produces": "model"}
+    return folder.publish("sft", manifest)
+
+
+def test_artifacts_are_published_replaced_and_recalled(where: str) -> None:
+    root = use(where)
+    folder = RunFolder(root / "run")
+    published(folder, "one" * 10)
+    forget(root)
+    assert folder.manifest("sft") == {"fingerprint": "one" * 10, "produces": "model"}
+    assert not (folder.stage("sft") / "model").exists(), "what is not asked for is not fetched"
+    published(folder, "two" * 10)
+    forget(root)
+    assert (folder.manifest("sft") or {})["fingerprint"] == "two" * 10
+    assert folder.find("sft", "one" * 10) == folder.path / ".previous" / ("sft-" + ("one" * 10)[:12])
+    assert names(folder.path / ".work") == set() or not names(folder.path / ".work" / ("sft-" + ("two" * 10)[:12]))
+    folder.recall("sft", "one" * 10)
+    forget(root)
+    assert (folder.manifest("sft") or {})["fingerprint"] == "one" * 10
+    assert (pull(folder.stage("sft")) / "model" / "weights").read_text() == "one" * 10
+    assert folder.find("sft", "two" * 10) is not None
+
+
+def test_a_run_is_opened_by_its_address(where: str) -> None:
+    root = use(where)
+    folder = RunFolder(root / "run")
+    folder.path.mkdir(parents=True)
+    folder.save_state({"name": "run", "stages": {}})
+    told = address(folder.path)
+    forget(root)
+    os.environ.pop(storage.STORAGE)
+    opened = RunFolder.open(told)
+    assert opened.state() == {"name": "run", "stages": {}} and opened.address == told
+    assert json.loads((opened.path / "run.json").read_text())["name"] == "run"
