@@ -92,7 +92,7 @@ def draw(points: list[Point], file: Path) -> None:
             )
     axes.plot([0], [next(p["exact"] for p in points if p["method"] == "sft")], "k*", label="SFT")
     axes.set(xlabel="KL to the SFT model, nats an answer", ylabel="held-out exact match, %", xlim=(-0.1, None))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower center")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
