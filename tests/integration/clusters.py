@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from ruamel.yaml import YAML
 
 from stages.cluster import HEAD
@@ -170,3 +171,53 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+@dataclass
+class Hosts:
+    """Two hosts: network namespaces with an address each, joined by a cable. The second has a folder of its own where the first
+    has `private`."""
+
+    address: str
+    interfaces: tuple[str, str]
+    inside: list[str]  # what goes before a command to run it on the first host
+
+
+@contextmanager
+def two_hosts(private: Path, cpus: tuple[int, int] = (1, 1)) -> Iterator[Hosts]:
+    """A cluster of two hosts. Skips the test where this machine allows no namespaces."""
+    tag = f"{os.getpid() % 10_000}"
+    names, ends, ips = (f"ra{tag}", f"rb{tag}"), (f"va{tag}", f"vb{tag}"), ("10.77.0.1", "10.77.0.2")
+    folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
+    address, environment = f"{ips[0]}:6379", {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    options = [f"--object-store-memory={STORE}", "--disable-usage-stats"]
+    head = ["--head", "--port=6379", f"--temp-dir={folder}", "--include-dashboard=false", *options]
+    own = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {private} && exec "$@"', "sh"]
+    try:
+        allowed = [subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0 for name in names]
+        if not all(allowed) or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+            pytest.skip("hosts need network and mount namespaces, which this machine does not allow")
+        _ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        for name, end, ip in zip(names, ends, ips, strict=True):
+            _ip("-n", name, "addr", "add", f"{ip}/24", "dev", end)
+            _ip("-n", name, "link", "set", end, "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+        on = [["ip", "netns", "exec", name] for name in names]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+        for before, ip, count, more in zip(
+            (on[0], on[1] + own), ips, cpus, (head, [f"--address={address}", *options]), strict=True
+        ):
+            command = [*before, *ray, f"--node-ip-address={ip}", f"--num-cpus={count}", *more]
+            subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+        yield Hosts(address, ends, on[0])
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(f"{error.cmd}: {error.stdout}{error.stderr}") from error
+    finally:
+        end_processes_of(folder)
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
