@@ -11,7 +11,7 @@ from stages.base import Reporter, Resources
 from stages.capacity import Need
 from stages.cluster import wait_for_room
 from stages.errors import RaylignError, StageError
-from stages.storage import environment, ray_storage
+from stages.storage import environment, mirrored, ray_storage
 
 # The environment of stages and workers, set before Ray starts.
 # - Ray's PlacementGroupCleaner asks a State API that a local cluster does not run, and waits 15 s for the answer; a dead
@@ -35,6 +35,8 @@ ENVIRONMENT = {
 # What Ray says of a worker whose process is gone, and a worker's process group where another one is.
 ECHOES = (
     "worker process has died",
+    "node has died",
+    "health check",  # Ray Train's: a worker that is gone does not answer
     "Connection reset by peer",
     "Connection closed by peer",
     "NCCL communicator was aborted",
@@ -110,7 +112,8 @@ def launch(
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+    from ray.exceptions import RayActorError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     workers = workers or resources.workers
     torch_config = None
@@ -118,7 +121,9 @@ def launch(
         from stages.training.network import OnNodeInterface
 
         torch_config = OnNodeInterface()
-        wait_for_room([Need(workers, per_worker(resources))], Reporter(folder), shared=folder)
+        wait_for_room(
+            [Need(workers, per_worker(resources))], Reporter(folder), shared=None if mirrored(folder) else folder
+        )
     in_process = runs_in_process(resources, local)
     trainer = TorchTrainer(
         function,
@@ -142,7 +147,11 @@ def launch(
     except WorkerGroupError as error:
         raise first_cause(list(error.worker_failures.values())) from error
     except PreemptionError as error:
-        raise WorkersLost(f"a machine was taken away: {str(error).splitlines()[0]}") from error
+        raise WorkersLost(f"a machine was taken away: {first_line(error)}") from error
+    except ControllerError as error:
+        raise WorkersLost(f"the workers could not be started: {first_line(error.controller_failure)}") from error
+    except RayActorError as error:
+        raise WorkersLost(f"the process that controls the workers was lost: {first_line(error)}") from error
 
 
 def runs_in_process(resources: Resources, local: bool) -> bool:
@@ -158,15 +167,20 @@ def per_worker(resources: Resources) -> dict[str, float]:
 def first_cause(failures: list[Exception]) -> Exception:
     """Of what the workers of a group failed with: what one of ours says, else what is not the echo of another's end, or the end
     itself as Ray tells it."""
+    from ray.exceptions import RayActorError
+
     ours = [f for f in failures if isinstance(f, RaylignError)]
-    echoes = [f for f in failures if any(sign in str(f) for sign in ECHOES)]
+    echoes = [f for f in failures if isinstance(f, RayActorError) or any(sign in str(f) for sign in ECHOES)]
     others = [f for f in failures if f not in echoes]
     if ours or others:
         return (ours or others)[0]
     lost = "a worker was lost: its process was ended, or its machine is gone (out of memory?)"
-    return WorkersLost(
-        f"{lost}\n  seen: {next(line for line in str(echoes[0]).splitlines() if any(e in line for e in ECHOES))}"
-    )
+    lines = str(echoes[0]).splitlines()
+    return WorkersLost(f"{lost}\n  seen: {next((n for n in lines if any(e in n for e in ECHOES)), lines[0])}")
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def join_single_process_group() -> None:
