@@ -81,6 +81,8 @@ def _describe(plan: Plan, planned: PlannedStage, available: Capacity) -> dict[st
                         {"change": a.change, "memory_per_worker_bytes": a.memory, "text": a.text}
                         for a in advise(training, room)
                     ]
+    if planned.state != "cached" and (ranged := of_range(plan, planned)):
+        why.append(ranged)
     if isinstance(stage, RLStage) and planned.state != "cached":
         why.append(iterations(stage, amount, resources.workers))
         if judges := stage.beside(resources.workers, planned.inputs).processes:
@@ -116,6 +118,16 @@ def iterations(stage: RLStage, amount: Amount, workers: int) -> str:
         answers += f", {stage.answers_to_each} to a prompt"
     said = "iterations" if amount.steps is None else f"{amount.steps // updates:,} iterations"
     return f"{'' if amount.rows is None else f'{amount.rows:,} '}prompts, {said} {answers}"
+
+
+def of_range(plan: Plan, planned: PlannedStage) -> str | None:
+    """What `workers: 2..8` comes to for a stage."""
+    asked = getattr(planned.stage, "workers", None) or plan.spec.cluster.workers
+    if not isinstance(planned.stage, TrainStage) or not isinstance(asked, str):
+        return None
+    if planned.resources.at_least is not None:
+        return f"with as many of {asked} workers as there is room for, in the steps of {planned.resources.workers}"
+    return f"of {asked} workers {planned.resources.workers}: an iteration's prompts are cut for all workers"
 
 
 def _too_much(memory: Memory, room: int, gpu: bool, workers: int) -> str:

@@ -155,6 +155,15 @@ def test_a_gpu_is_as_large_as_the_cluster_section_says(data: Path, model: str, t
     assert rows[1]["why"].startswith("needs ") and "a GPU has 0.5" in rows[1]["why"]
 
 
+def test_a_range_of_workers_fits_where_its_fewest_do(data: Path, model: str, tmp_path: Path) -> None:
+    two = Capacity.of({"CPU": 2.0, "GPU": 0.0})
+    sft = describe(pipeline(data, model, tmp_path, cluster={"workers": "2..8"}).plan(), two)[0]
+    assert sft["fits"] and "as many of 2..8 workers as there is room for, in the steps of 8" in sft["why"]
+    assert not describe(pipeline(data, model, tmp_path, cluster={"workers": "3..8"}).plan(), two)[0]["fits"]
+    ppo = describe(reinforced(data, model, tmp_path, cluster={"workers": "2..8"}).plan(), two)[-1]
+    assert ppo["workers"] == 2 and "of 2..8 workers 2: an iteration's prompts are cut for all workers" in ppo["why"]
+
+
 def test_a_model_that_is_not_at_hand_is_planned_without_its_memory(data: Path, tmp_path: Path) -> None:
     plan = pipeline(data, "nobody/nothing-of-that-name", tmp_path).plan()
     sft = describe(plan, Capacity.of({"CPU": 2.0, "GPU": 0.0}))[0]
