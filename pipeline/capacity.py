@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.plan import PlannedStage, machine_resources
 from stages.capacity import Capacity, Need
@@ -25,6 +26,13 @@ def needs_of(planned: PlannedStage) -> list[Need]:
     return [Need(resources.fewest, each), *([Need(judges, {"GPU": each["GPU"]})] if judges else [])]
 
 
-def lacking(planned: PlannedStage, has: Capacity, others: Sequence[PlannedStage] = ()) -> list[str]:
-    """What there will never be enough of for a stage, with others beside it, in words."""
-    return has.lacks([need for each in (planned, *others) for need in needs_of(each)])
+def lacking(planned: PlannedStage, has: Capacity) -> list[str]:
+    """What there will never be enough of for a stage, in words."""
+    return has.lacks(needs_of(planned))
+
+
+def fit_together(stages: Sequence[PlannedStage], has: Capacity) -> bool:
+    """Whether stages may run side by side: on what there is or will come, or, where that is not known, on what there is."""
+    if has.growth is not None and has.growth.unknown:
+        has = replace(has, growth=None)
+    return not has.lacks([need for planned in stages for need in needs_of(planned)])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import read_json
-from pipeline.capacity import lacking
+from pipeline.capacity import fit_together, lacking
 from pipeline.cluster import RayCluster
 from pipeline.handoff import PROBES, Checker
 from pipeline.plan import (
@@ -35,6 +35,7 @@ from stages.training.stage import TrainStage
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
 LOG_TAIL = 12
+SIDE_BY_SIDE = max(4, os.cpu_count() or 1)  # stages: each has a process here, wherever its workers are
 
 
 def run_plan(plan: Plan, quiet: bool = False) -> None:
@@ -194,7 +195,7 @@ class _Run:
     def _fits(self, planned: PlannedStage, others: list[PlannedStage]) -> bool:
         if not others:
             return True  # alone: if it does not fit even so, it says what it lacks
-        return not lacking(planned, self.cluster.capacity(), others)
+        return len(others) < SIDE_BY_SIDE and fit_together([planned, *others], self.cluster.capacity())
 
     def _start(self, planned: PlannedStage, threads: int) -> None:
         name, work = planned.name, self.folder.work(planned.name, planned.fingerprint)

@@ -72,7 +72,7 @@ def read_growth() -> Growth | None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if (reported := ray._private.state.state.get_cluster_config()) is not None and reported.node_group_configs:
-        return _of_report(reported)
+        return growth_reported(reported)
     context = ray.get_runtime_context()
     (head,) = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
     if head == context.get_node_id():
@@ -85,7 +85,7 @@ def read_growth() -> Growth | None:
     return Growth(unknown=config) if isinstance(config, str) else None if config is None else growth_of(config)
 
 
-def _of_report(config: Any) -> Growth:
+def growth_reported(config: Any) -> Growth:
     """Of the message an autoscaler may leave with the GCS (Ray's own ones leave none)."""
     unlimited = lambda count: float("inf") if count < 0 else count  # noqa: E731
     return Growth(tuple(NodeType(g.name, dict(g.resources), unlimited(g.max_count)) for g in config.node_group_configs))

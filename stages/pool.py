@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from stages.base import StageContext
+from stages.capacity import Need
+from stages.cluster import wait_for_room
 from stages.errors import RaylignError, StageError
 
 
@@ -127,6 +129,7 @@ def _by_actors(
     import ray.data
 
     gpus = ctx.resources.gpus_per_worker
+    wait_for_room([Need(count, {"CPU": ctx.resources.cpus_per_worker, "GPU": gpus})], ctx.report)
     job = ray.put((make, options, list(tasks), None if gpus else ctx.resources.cpus_per_worker))
     rows = ray.data.from_items([{"index": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
     done = rows.map_batches(

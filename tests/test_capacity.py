@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.capacity import Capacity, Growth, Need, Node, NodeType
+from stages.cluster import growth_of, growth_reported
 
 HEAD = Node({"CPU": 2.0}, {"CPU": 2.0}, "head")
 
@@ -142,3 +143,29 @@ def test_refused_is_what_fits_on_no_cluster_that_may_come(
 @pytest.mark.parametrize("gpus", [0.5, 1 / 3, 0.1])
 def test_shares_of_a_gpu_add_up(gpus: float) -> None:
     assert Capacity.of({"CPU": 100.0, "GPU": 1.0}).room({"GPU": gpus}) == round(1 / gpus)
+
+
+def test_what_a_cluster_file_allows() -> None:
+    file = {
+        "head_node_type": "head",
+        "max_workers": 5,
+        "available_node_types": {
+            "head": {"resources": {"CPU": 4}},
+            "cpu": {"resources": {"CPU": 16}, "max_workers": 3},
+            "gpu": {"resources": {"CPU": 8, "GPU": 1}},  # as many as there may be nodes
+        },
+    }
+    types = (NodeType("cpu", {"CPU": 16}, 3), NodeType("gpu", {"CPU": 8, "GPU": 1}, 5))
+    assert growth_of(file) == Growth(types, 5)
+    file["available_node_types"]["gpu"] = {}  # type: ignore[index]
+    assert growth_of(file) == Growth(unknown="the node type gpu does not say what it has")
+
+
+def test_what_an_autoscaler_reports() -> None:
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig
+
+    report = ClusterConfig()
+    for name, gpus, most in (("a", 1, 3), ("b", 8, -1)):
+        group = report.node_group_configs.add(name=name, max_count=most)
+        group.resources["GPU"] = gpus
+    assert growth_reported(report) == Growth((NodeType("a", {"GPU": 1}, 3), NodeType("b", {"GPU": 8}, math.inf)))
