@@ -122,12 +122,17 @@ def _of_kuberay(name: str) -> dict[str, Any] | str | None:
 
     account = Path("/var/run/secrets/kubernetes.io/serviceaccount")
     try:
-        cluster = KubernetesHttpApiClient((account / "namespace").read_text()).get(f"rayclusters/{name}")
-    except (requests.RequestException, OSError) as error:
+        namespace = os.environ.get("RAY_CLUSTER_NAMESPACE") or (account / "namespace").read_text()
+        cluster = KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
+        if not cluster["spec"].get("enableInTreeAutoscaling"):
+            return None
+        return _derive_autoscaling_config_from_ray_cr(cluster)
+    except (
+        requests.RequestException,
+        OSError,
+        ValueError,
+    ) as error:  # of other values Ray's autoscaler makes nothing either
         return f"the RayCluster {name} could not be read: {error}"
-    if not cluster["spec"].get("enableInTreeAutoscaling"):
-        return None
-    return _derive_autoscaling_config_from_ray_cr(cluster)
 
 
 def growth_of(config: Mapping[str, Any]) -> Growth:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +118,61 @@ def test_an_address_where_no_ray_answers_is_told_in_seconds(data: Path, tmp_path
     code, _, err = run("run", spec, address)
     assert code == 1 and time.monotonic() - began < 120
     assert f"RAY_ADDRESS={address}: no Ray answers there (Connection refused)" in " ".join(err.split())
+
+
+GROUP = {
+    "groupName": "gpu-train", "minReplicas": 0, "maxReplicas": 3, "rayStartParams": {},
+    "template": {"spec": {"containers": [{"resources": {"limits": {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"}}}]}},
+}  # fmt: skip
+
+
+class KubernetesApi(BaseHTTPRequestHandler):
+    """What KubeRay's own API server would say of two clusters, to those that have a certificate."""
+
+    def do_GET(self) -> None:
+        *_, namespace, kind, name = self.path.split("/")
+        if (namespace, kind) != ("team", "rayclusters") or name not in ("grows", "fixed"):
+            self.send_error(403)
+            return
+        spec = {"headGroupSpec": GROUP | {"rayStartParams": {"num-cpus": "0"}}, "workerGroupSpecs": [GROUP]}
+        cluster = {
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": spec | {"enableInTreeAutoscaling": name == "grows"},
+        }
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(cluster).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_what_kuberay_allows_is_read_from_its_cluster(tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 1 -subj /CN=test"
+    subprocess.run([*make.split(), "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(certificate)
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = HTTPServer(("127.0.0.1", 0), KubernetesApi)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        "KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT_HTTPS": str(server.server_port),
+        "RAY_CLUSTER_NAMESPACE": "team", "RAY_KUBERAY_CA_CERT_PATH": certificate,
+        "RAY_KUBERAY_CLIENT_CERT_PATH": certificate, "RAY_KUBERAY_CLIENT_KEY_PATH": key,
+    }  # fmt: skip
+    code = "from stages.cluster import autoscaler_config as c, growth_of as g; f = c('x:1'); print(g(f) if isinstance(f, dict) else f)"
+    said = {}
+    for name in ("grows", "fixed", "hidden"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment | {"RAY_CLUSTER_NAME": name}, text=True,
+            capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout.strip()
+    server.shutdown()
+    assert "NodeType(name='gpu-train', resources={'CPU': 8, 'GPU': 4, 'memory': 68719476736}, most=3)" in said["grows"]
+    assert said["fixed"] == "None"
+    assert said["hidden"].startswith("the RayCluster hidden could not be read: 403 Client Error")
