@@ -93,6 +93,11 @@ class RayCluster:
         else:
             try:
                 ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
+            except ray.exceptions.AuthenticationError as error:
+                raise StageError(
+                    f"{where}: the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (on its head, "
+                    "`ray get-auth-token`)"
+                ) from error
             except (ConnectionError, RuntimeError) as error:
                 raise StageError(f"{where}: {str(error).strip().splitlines()[0]}") from error
         self._growth, self._connected = read_growth(), True

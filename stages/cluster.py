@@ -22,7 +22,7 @@ from stages.errors import StageError
 GROWTH = "RAYLIGN_GROWTH"  # a Growth as JSON, or `null`: set in the stages' environment where there is a cluster
 WAIT = "RAYLIGN_WAIT_SECONDS"
 WAIT_SECONDS = 1800.0
-POLL_SECONDS = 1.0
+POLL_SECONDS, SAY_SECONDS = 1.0, 10.0
 DATA = "data"  # a node's own resource: where any node has it, only those prepare data
 SHARED_SECONDS = 5.0  # a network's delay until a file is seen
 HEAD = "node:__internal_head__"
@@ -163,7 +163,8 @@ def wait_for_room(needs: Sequence[Need], report: Reporter, shared: Path | None =
     Raises:
         StageError: there was no room in the time that `cluster.wait_minutes` allows; a node does not see the folder.
     """
-    bundles = [dict(need.each) for need in needs for _ in range(need.processes) if any(need.each.values())]
+    asked = [({name: amount for name, amount in need.each.items() if amount}, need.processes) for need in needs]
+    bundles = [each for each, count in asked for _ in range(count) if each]
     if not on_cluster() or not bundles:
         return
     from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -172,7 +173,7 @@ def wait_for_room(needs: Sequence[Need], report: Reporter, shared: Path | None =
     began = time.monotonic()
     group = placement_group(bundles, strategy="PACK")
     try:
-        said = False
+        said, last = "", 0.0
         while not group.wait(POLL_SECONDS):
             waited, what = time.monotonic() - began, capacity().waits_for(needs)
             if waited > limit:
@@ -180,8 +181,9 @@ def wait_for_room(needs: Sequence[Need], report: Reporter, shared: Path | None =
                     f"waited {waited:.0f} s for {what}\n  give it longer (cluster.wait_minutes), ask for less, or let the "
                     "cluster grow further"
                 )
-            report.waiting(what, waited, limit)
-            said = True
+            if what != said or waited - last > SAY_SECONDS:
+                said, last = what, waited
+                report.waiting(what, waited, limit)
         if said:
             report.waiting(None)
         if shared is not None:
