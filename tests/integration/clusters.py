@@ -192,7 +192,9 @@ def two_hosts(private: Path, cpus: tuple[int, int] = (1, 1)) -> Iterator[Hosts]:
     address, environment = f"{ips[0]}:6379", {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     options = [f"--object-store-memory={STORE}", "--disable-usage-stats"]
     head = ["--head", "--port=6379", f"--temp-dir={folder}", "--include-dashboard=false", *options]
-    own = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {private} && exec "$@"', "sh"]
+    # Ray's own folder too: in a shared one it would take the address of the node that came last for its own.
+    mounts = " && ".join(f"mount -t tmpfs none {path}" for path in (private, folder))
+    own = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
     try:
         allowed = [subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0 for name in names]
         if not all(allowed) or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
