@@ -13,8 +13,10 @@ can be renamed, it is the manifest, sent last, that makes it visible; here is it
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,19 +29,39 @@ from stages.data.files import split_address
 from stages.errors import DataError, RaylignError
 from stages.storage import address, is_remote, mirrored, names, pull, push, remove, use
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a run or a stage: of a folder, that is
 SHORT = 12  # characters of a fingerprint in a folder's name
 LARGE = ("model", "adapter", "data", "checkpoints")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of one."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`; a link that stands in the way is replaced, not written through: the folder may be another's."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x") as out:
+        out.write(text)
     os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _state_problem(file: Path) -> str | None:
+    """What is wrong with a run's record, which may be another's."""
+    try:
+        stages = read_json(file)["stages"]
+    except (ValueError, TypeError, KeyError) as error:
+        return f"not the record of a run ({type(error).__name__}: {error})"
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        return "not the record of a run"
+    odd = next((name for name in stages if not NAME.fullmatch(name)), None)
+    return None if odd is None else f"{odd!r} is no name of a stage"
 
 
 def use_run(path: str) -> Path:
@@ -65,12 +87,14 @@ class RunFolder:
         """An existing run: its folder, or address in an object store.
 
         Raises:
-            DataError: the folder is not that of a run.
+            DataError: the folder is not that of a run, or its record is not what is written there.
         """
         folder = use_run(str(path))
         if not pull(folder / "run.json").is_file():
             raise DataError(f"{path}: not a run folder (there is no run.json in it)")
         run = cls(folder)
+        if problem := _state_problem(run.path / "run.json"):
+            raise DataError(f"{path}/run.json: {problem}")
         if mirrored(folder):
             for name in run.state().get("stages", {}):
                 run.fetch(name)
@@ -159,10 +183,9 @@ class RunFolder:
 
     def save_spec(self, spec: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / ".spec.yaml.tmp"
-        with temporary.open("w") as out:
-            YAML().dump(spec, out)
-        os.replace(temporary, self.path / "spec.yaml")
+        text = io.StringIO()
+        YAML().dump(spec, text)
+        write_text(self.path / "spec.yaml", text.getvalue())
         push(self.path / "spec.yaml")
 
     def save_state(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.artifacts import RunFolder
+from stages.data.tokenizer import check_model_folder
 from stages.errors import DataError
 from stages.storage import pull
 
@@ -31,10 +32,11 @@ def choose_model(folder: RunFolder, stage: str | None) -> Path:
 def talk(run: str, stage: str | None, max_new_tokens: int, console: Console) -> None:
     """Read lines, answer them greedily and remember the conversation, until an empty line or the end of input."""
     path = pull(choose_model(RunFolder.open(run), stage))
+    check_model_folder(str(path))  # the run may be another's
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     console.print(f"{path}; an empty line ends", style="dim", highlight=False)
     messages: list[dict[str, str]] = []

@@ -42,6 +42,7 @@ def run(spec: SpecPath, set: Overrides = None) -> None:
     from pipeline.tables import render_run
 
     plan = make_plan(load_spec(spec, set or []))
+    _warn(plan.spec.warnings())
     try:
         run_plan(plan)
     finally:
@@ -59,11 +60,20 @@ def plan(spec: SpecPath, set: Overrides = None, as_json: Json = False) -> None:
     from pipeline.spec_reader import load_spec
     from pipeline.tables import render_plan
 
-    rows = describe(make_plan(load_spec(spec, set or [])), _cluster_resources())
+    made = make_plan(load_spec(spec, set or []))
+    _warn(made.spec.warnings())
+    rows = describe(made, _cluster_resources())
     if as_json:
         print(json.dumps({"stages": rows}, indent=1))
     else:
         console.print(render_plan(rows), soft_wrap=True)
+
+
+def _warn(says: list[str]) -> None:
+    for each in says:
+        Console(stderr=True).print(
+            f"warning: {each}", style="bold yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _cluster_resources() -> Capacity | None:

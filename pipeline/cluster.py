@@ -39,6 +39,9 @@ class RayCluster:
         """Begin to start it; takes seconds, in which other things can be done."""
         if self.local and self._thread is None:
             os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
+            # Ray's own servers listen on loopback only, as they do on a Mac. By default they are on every network of a machine,
+            # and let whoever reaches them run code. All processes that join inherit it; Ray reads it when it is imported.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
             # Nobody listens there: what asks the dashboard for its State API is told so at once (see ENVIRONMENT).
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
             self._thread = threading.Thread(target=self._start, daemon=True)

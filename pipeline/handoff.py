@@ -79,8 +79,8 @@ def inspect_model(folder: str, produces: str, trained: bool) -> dict[str, Any]:
     problems += stored_problems(tensors, promise)
     cls = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, info = cls.from_pretrained(folder, dtype="float32", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, info = cls.from_pretrained(folder, dtype="float32", output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers has to say, and there are many classes of it
         traceback.print_exc()
         return _refused(*problems, f"it does not load in a fresh process: {first_line(error)}; {AGAIN}")

@@ -59,6 +59,7 @@ class Spec(Config):
     seed: int = 0
     cluster: Cluster = Cluster()
     chat_template: str | None = None
+    allow_pickle: bool = False
     stages: dict[str, Any]
     sweeps: Sweeps = Field(default_factory=dict)
     file: str | None = None
@@ -72,6 +73,14 @@ class Spec(Config):
     def template(self) -> str | None:
         """The text of the chat template, where the spec names one."""
         return read_chat_template(self.chat_template)
+
+    def warnings(self) -> list[str]:
+        """What was asked for that is better not asked for."""
+        said = (
+            "allow_pickle: weights may be pickles, which can hold code; they are read by torch's unpickler for tensors. "
+            "Better: convert them once, AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), and take it out"
+        )
+        return [said] if self.allow_pickle else []
 
     def references(self, name: str) -> dict[str, list[str]]:
         """Field -> what it refers to (`stages.NAME`, a folder or a hub id), the spec's model where nothing is said."""
@@ -98,6 +107,8 @@ class Spec(Config):
         extra: dict[str, Any] = {"cluster": cluster} if cluster else {}
         if self.chat_template:
             extra["chat_template"] = self.chat_template
+        if self.allow_pickle:
+            extra["allow_pickle"] = True
         return {**head, **extra, "stages": fold(stages, self.sweeps)}
 
 
@@ -110,6 +121,9 @@ class Head(Config):
     seed: int = 0
     cluster: Cluster = Cluster()
     chat_template: str | None = None
+    allow_pickle: bool = Field(
+        default=False, description="Take models whose weights are pickles (pytorch_model.bin), not safetensors."
+    )
 
 
 def json_schema() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,11 @@ from stages.training.deepspeed import PRESETS
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 RESERVED = {"logs", "report", "run", "spec"}
+# s3://key:secret@bucket, or ?secret_key=...; gs://anonymous@ is none
+CREDENTIALS = re.compile(
+    r"\w[\w+.-]*://(?!anonymous@)[^/?#\s]*@|\w[\w+.-]*://\S*[?&](\w*(key|token|secret|password)\w*|signature)=",
+    re.IGNORECASE,
+)
 # a stage's task -> the records it takes, and what they are called
 WANTED: dict[str, tuple[tuple[type, ...], str]] = {
     "conversation": ((Conversation, Text, Tokens), "conversations or text"),
@@ -77,6 +82,10 @@ class _Checker:
         self.of_variants: list[tuple[tuple[Any, ...], str]] = []  # mistakes of variants, by their paths in `expanded`
 
     def build(self) -> Spec:
+        if unsafe := list(credentials(self.raw)):
+            for path in unsafe:
+                self._problem(path, "an address with credentials in it; keep them in the environment")
+            self._raise()  # what would be told besides shows the address
         head = self._validate(Head, {k: v for k, v in self.raw.items() if k != "stages"}, ())
         raw_stages = self._raw_stages(head)
         stages = self.stages = {name: self._stage(name, raw) for name, raw in raw_stages.items()}
@@ -98,12 +107,13 @@ class _Checker:
         if not isinstance(head, Head):
             self._raise()
         spec = Spec(
-            name=head.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.default_name),
+            name=head.name or re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]", "-", self.default_name).lstrip("-") or "run",
             model=self._model_path(head.model) if isinstance(head.model, str) else f"stages.{BASE}",
             storage=head.storage if is_remote(head.storage) else str((self.folder / head.storage).resolve()),
             seed=head.seed,
             cluster=head.cluster,
             chat_template=template,
+            allow_pickle=head.allow_pickle,
             stages={name: stage for name, stage in stages.items() if stage is not None},
             sweeps=self._sweeps(raw_stages),
             file=self.file,
@@ -369,7 +379,7 @@ class _Checker:
         if self._elsewhere(model):
             return
         try:
-            check_model_folder(model, whole=False)
+            check_model_folder(model, whole=False, allow_pickle=self.raw.get("allow_pickle") is True)
         except DataError as error:
             self._problem(path, str(error))
 
@@ -396,6 +406,16 @@ class _Checker:
                 seen.add(where)
                 self._problem((*path, *where), message_of(cls, dict(e), where))
             return None
+
+
+def credentials(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where an address has a user, a password or a key in it."""
+    if isinstance(node, str):
+        if CREDENTIALS.match(node):
+            yield path
+    elif isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from credentials(value, (*path, key))
 
 
 def dotted(path: Sequence[Any]) -> str:

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.spec import Spec
 from pipeline.spec_checks import build_spec, dotted, line_of
 from stages.errors import Problem, SpecError, nearest
+
+AT_MOST = 100_000  # values in a spec; an alias counts as often as it is used
+TEXT = "tag:yaml.org,2002:str"
+# Variables that hold a secret, by their names; PAD_TOKEN looks like one too, and MAX_TOKENS does not.
+SECRET = re.compile(
+    r"(TOKEN|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?|(^|_|API|ACCESS|PRIVATE)KEY)(_|$)", re.IGNORECASE
+)
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = (), within: Path | None = None) -> Spec:
@@ -38,13 +45,22 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), within: Path | No
         raise SpecError(
             [Problem("", f"not YAML: {error.problem}", mark.line + 1 if mark else None)], str(path)
         ) from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (
+        YAMLError,
+        UnicodeDecodeError,
+        AttributeError,
+    ) as error:  # the last one of a mapping that is merged into itself
         raise SpecError([Problem("", f"not YAML: {error}")], str(path)) from error
+    except RecursionError:
+        raise SpecError([Problem("", "nested too deeply")], str(path)) from None
     if not isinstance(tree, CommentedMap):
         raise SpecError([Problem("", "a spec is a mapping with `model` and `stages`")], str(path))
     problems: list[Problem] = []
     for override in overrides:
         _apply_override(tree, override, problems)
+    if _is_larger(tree, AT_MOST):
+        what = f"more than {AT_MOST:,} values, of which an alias (*name) counts as often as it is used"
+        raise SpecError([Problem("", what)], str(path))
     lines: dict[tuple[Any, ...], int] = {}
     raw = _plain(tree, (), lines, problems)
     folder = file.resolve().parent
@@ -63,7 +79,7 @@ def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
     keys: list[Any] = path.split(".")
     try:
         value = YAML(typ="safe").load(text)  # plain: its lines are not those of the file
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         problems.append(Problem(f"--set {override}", f"the value is not YAML: {error}"))
         return
     node = tree
@@ -90,11 +106,28 @@ def _apply_override(tree: Any, override: str, problems: list[Problem]) -> None:
         node = node[key]
 
 
+def _is_larger(tree: Any, size: int) -> bool:
+    """Whether a tree has more values, written out: aliases of aliases make few lines very many, and endless where they meet."""
+    left, seen = [tree], 0
+    while left and seen <= size:
+        node = left.pop()
+        seen += 1
+        if isinstance(node, dict | list) and seen + len(left) + len(node) > size:
+            return True
+        left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return seen > size
+
+
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def _plain(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], problems: list[Problem]) -> Any:
     """The tree as plain Python, environment variables read; fills in the line of every path."""
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag not in (None, TEXT):  # nothing is made of it; said, since it was meant for something
+        problems.append(Problem(dotted(path), f"the tag {tag}: a spec has plain values only", line_of(path, lines)))
+    if isinstance(node, TaggedScalar):
+        node = node.value
     if isinstance(node, dict):
         for key in node:
             if isinstance(node, CommentedMap) and key in (node.lc.data or {}):
@@ -117,6 +150,13 @@ def _environment(
 ) -> Any:
     def value(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
+        if SECRET.search(name):
+            what = f"{name} holds a secret, by its name, and a spec is kept in the run folder and shown in its report; "
+            hint = (
+                f"leave it out: what needs {name} reads the environment (where it is no secret, give it another name)"
+            )
+            problems.append(Problem(dotted(path), what + hint, line_of(path, lines)))
+            return ""
         found = os.environ.get(name, default)
         if found is None:
             what = f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}"

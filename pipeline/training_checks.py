@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.spec import Spec
 from stages import Generate, Init
 from stages.base import workers_range
-from stages.data.tokenizer import check_model_folder
+from stages.data.tokenizer import WEIGHTS, check_model_folder, code_problem
 from stages.errors import DataError, Problem
 from stages.generate import engine_problem
 from stages.rewards import is_function
@@ -83,7 +83,9 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
                 if model.startswith("stages.") or model in asked:
                     continue
                 asked.add(model)
-                if problem := _folder_problem(model) if Path(model).is_dir() else hub_problem(model):
+                pickle = plan.spec.allow_pickle
+                here = Path(model).is_dir()
+                if problem := _folder_problem(model, pickle) if here else hub_problem(model, allow_pickle=pickle):
                     found.append(Problem(f"{where}.{field}", problem))
         if isinstance(planned.stage, TrainStage):
             of_stage: dict[str, str] = {}  # of each place the first, which is the cause of what follows
@@ -99,9 +101,9 @@ def run_problems(plan: Plan, local: bool) -> list[Problem]:
     return found
 
 
-def _folder_problem(model: str) -> str | None:
+def _folder_problem(model: str, allow_pickle: bool) -> str | None:
     try:
-        check_model_folder(model)
+        check_model_folder(model, allow_pickle=allow_pickle)
     except DataError as error:
         return str(error)
     return None
@@ -237,13 +239,13 @@ def first_model(spec: Spec, name: str) -> str | Init | None:
     return None
 
 
-def hub_problem(model: str, timeout: float = HUB_TIMEOUT) -> str | None:
+def hub_problem(model: str, timeout: float = HUB_TIMEOUT, allow_pickle: bool = False) -> str | None:
     """Why the hub will not give a model; None where it will, or need not because all of it has been downloaded."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if _downloaded(model):
-        return None
+        return code_problem(model, read_config(model) or {})
     if constants.HF_HUB_OFFLINE:
         return f"{model} is neither a folder nor in the cache of the hub, and HF_HUB_OFFLINE is set"
     try:
@@ -259,9 +261,12 @@ def hub_problem(model: str, timeout: float = HUB_TIMEOUT) -> str | None:
         return (
             f"{model} has not been downloaded, and the hub cannot be reached ({what[0]}); name a folder, or try again"
         )
-    if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
-        return f"{model} has no .safetensors weights on the hub; only those are loaded, never pickled weights"
-    return None
+    if not allow_pickle and not {file.rfilename for file in info.siblings or []} & set(WEIGHTS):
+        return (
+            f"{model} has no .safetensors weights on the hub; only those are loaded, never pickled weights"
+            " (unless the spec says `allow_pickle: true`)"
+        )
+    return code_problem(model, info.config or {})
 
 
 def _downloaded(model: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stages import telemetry  # noqa: F401 - turned off before a library is imported
 from stages.base import Artifact, Stage, StageContext, StageResult
 from stages.dpo import DPO
 from stages.evaluate import Evaluate

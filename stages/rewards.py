@@ -157,7 +157,7 @@ def check(scorers: Sequence[Scorer], policy: Artifact, chat_template: str | None
 def _check_scores(scorer: Scorer) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(scorer.model)
+    config = AutoConfig.from_pretrained(scorer.model, trust_remote_code=False)
     named = ", ".join(config.architectures or ["no architecture"])
     if not named.endswith("ForSequenceClassification"):
         raise StageError(f"rewards: {scorer.name} is no reward model: its config names {named}")

@@ -27,7 +27,8 @@ def load_for_scoring(model: str, reward: bool = False) -> Any:
 
     cls = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return cls.from_pretrained(pull_model(model), **({"num_labels": 1} if reward else {})).eval().to(device)
+    options: dict[str, Any] = {"num_labels": 1} if reward else {}
+    return cls.from_pretrained(pull_model(model), trust_remote_code=False, **options).eval().to(device)
 
 
 def _batches(rows: Sequence[Row], size: int, length: Callable[[Row], int]) -> Iterator[list[int]]:

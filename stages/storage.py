@@ -80,7 +80,10 @@ class _Store:
             return None
 
     def path(self, key: str) -> Path:
-        return self.root / key[len(self.base) :].strip("/")
+        part = key[len(self.base) :].strip("/")
+        if ".." in part.split("/"):  # a store's names are any text
+            raise OSError(f"{key}: a name that leads out of its folder")
+        return self.root / part
 
     def files(self, key: str) -> dict[str, fs.FileInfo]:
         """The file of that name, or all files of the folder."""

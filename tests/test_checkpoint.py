@@ -35,7 +35,8 @@ from stages.training.checkpoint import (
 )
 from stages.training.consumption import check_consumption
 from stages.training.feed import Position
-from stages.training.saving import identity, load, random_state, set_random_state, stopped_early, trained_weights
+from stages.training.saving import identity, random_state, set_random_state, stopped_early, trained_weights
+from stages.training.unpickling import load
 from stages.training.writer import Writer, listed_files, sees, snapshot, write_state
 
 

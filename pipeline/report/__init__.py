@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, write_text
 from pipeline.plan import read_metrics
 from pipeline.tables import COLUMNS, cell, evaluations, said_of, stage_rows, sweep_tables
 from stages.data.encode import WARNINGS
@@ -31,9 +31,7 @@ def write_report(folder: RunFolder) -> None:
         sweeps=sweep_tables(folder),
         spec=spec.read_text() if spec.is_file() else "",
     )
-    temporary = folder.path / ".report.html.tmp"
-    temporary.write_text(page)
-    temporary.replace(folder.path / "report.html")
+    write_text(folder.path / "report.html", page)
     push(folder.path / "report.html")
 
 

@@ -326,8 +326,24 @@ def _csv_rows(data: BinaryIO, chunk: Chunk) -> Rows:
 UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, UnicodeDecodeError)
 
 
+OBJECTS = "ray.data.arrow_pickled_object"  # Ray's Arrow type for Python objects: reading a value unpickles it
+
+
 def _open_parquet(data: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(data, buffer_size=BUFFER, pre_buffer=False)  # pages are read as they are wanted
+    """Raises ValueError where a column holds pickles, besides what pyarrow raises."""
+    file = pq.ParquetFile(data, buffer_size=BUFFER, pre_buffer=False)  # pages are read as they are wanted
+    for field in file.schema_arrow:
+        if _has_objects(field):
+            raise ValueError(f"the column {field.name} holds pickled Python objects, which are not loaded")
+    return file
+
+
+def _has_objects(field: pa.Field) -> bool:
+    """The type is known by its name where Ray's types are registered, and by the field's metadata elsewhere."""
+    name = (
+        getattr(field.type, "extension_name", None) or (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    )
+    return name == OBJECTS or any(_has_objects(field.type.field(i)) for i in range(field.type.num_fields))
 
 
 def parquet_rows(file: DataFile) -> int | None:

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import datetime
 import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
 from stages.data.records import Message
+from stages.errors import DataError
 
 Tools = list[dict[str, Any]] | None
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers knows
+
+PATIENCE_S = 5.0  # of processor time, for a template's compilation and its first text: they take milliseconds
 
 _BEGIN, _END, _CONTENT_BEGIN, _CONTENT_END = (chr(0x10FFF0 + i) for i in range(4))
 _NUMBER = 0x10E000  # a mark is followed by the message's number, as one private-use character
@@ -154,6 +160,49 @@ def _read_marks(rendered: str, text: str) -> Marked:
         {i: places[0] for i, places in starts.items() if len(places) == 1},
         {i: places[0] for i, places in ends.items() if len(places) == 1},
     )
+
+
+# ------------------------------------------------------------------------------------------------ somebody else's code
+
+
+class TooLong(BaseException):
+    """Not an Exception: templates are tried, and what one raises is no reason to stop."""
+
+
+def try_template(model: str, source: str, variables: dict[str, Any]) -> None:
+    """Compile a template and render two turns: it comes with a model, as code of somebody else's. It runs in Jinja's sandbox,
+    so what reaches for more than it may comes to nothing; here the user is told. Its time is bounded (in the main thread,
+    where signals arrive), its memory is not.
+
+    Raises:
+        DataError: it does what a template may not, or does not come to an end.
+        TemplateSyntaxError: it is not Jinja.
+    """
+    from transformers.utils import chat_template_utils  # takes seconds, which are not the template's
+
+    assert chat_template_utils
+    bounded = threading.current_thread() is threading.main_thread()
+    if bounded:
+        before = signal.signal(signal.SIGVTALRM, _too_long)
+        signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE_S)
+    try:
+        ChatTemplate(source, variables).render(
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        )
+    except (SecurityError, OverflowError, TooLong) as error:
+        raise DataError(f"{model}: the chat template does what a template may not: {error}") from error
+    except TemplateSyntaxError:
+        raise
+    except Exception:  # whatever else it raises of these turns will be told of the rows it is raised for
+        return
+    finally:
+        if bounded:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+
+
+def _too_long(*_: Any) -> None:
+    raise TooLong(f"two turns are not rendered after {PATIENCE_S:g} s")
 
 
 # ------------------------------------------------------------------------------------------------ the syntax tree

@@ -119,7 +119,11 @@ class _Reference:
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         reference = options.reference and pull_model(options.reference)
-        self.model = AutoModelForCausalLM.from_pretrained(reference, **options.load_options).eval().to(device)
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(reference, trust_remote_code=False, **options.load_options)
+            .eval()
+            .to(device)
+        )
         self.head, self.temperature, self.batch_size = TrainedHead(self.model), options.temperature, options.batch_size
         attention = self.model.config._attn_implementation
         self.layout = best_layout(self.model, attention, device.type == "cpu", "auto")

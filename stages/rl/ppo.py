@@ -411,7 +411,9 @@ def build_trainer(parts: TrainerParts) -> Any:
 
 def _loaded(parts: TrainerParts, family: Any, model: str, peft_config: Any, args: Any, **more: Any) -> Any:
     """A model that is trained, with an adapter where the stage has one."""
-    loaded = family.from_pretrained(pull_model(model), **parts.kernels.load_options(), **parts.quantization(), **more)
+    loaded = family.from_pretrained(
+        pull_model(model), trust_remote_code=False, **parts.kernels.load_options(), **parts.quantization(), **more
+    )
     loaded.config.use_cache = False
     if peft_config is None:
         return loaded

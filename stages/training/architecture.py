@@ -49,7 +49,7 @@ def _read(config_json: str, reward: bool) -> Architecture:
 
     fields = json.loads(config_json)
     if isinstance(fields, str):
-        config = AutoConfig.from_pretrained(fields)
+        config = AutoConfig.from_pretrained(fields, trust_remote_code=False)
     else:
         config = AutoConfig.for_model(**({"model_type": "llama"} | fields))
     if reward:

@@ -47,6 +47,8 @@ MANAGED = {
     "dataset_kwargs": "Ray Data prepares the data",
     "resume_from_checkpoint": "run the same command again: an interrupted stage goes on by itself",
     "push_to_hub": "publish the finished model folder instead",
+    "hub_token": "the hub's token is read from the environment, HF_TOKEN; a spec is kept in the run folder",
+    "trust_remote_code": "code that comes with a model is never run",
     "remove_unused_columns": "prepared data holds exactly what is used",
     "group_by_length": "the order of the data is the feed's",
     "packing_strategy": "`packing: true` is best fit over the whole data",

@@ -82,7 +82,7 @@ def base_dtype(model: str) -> Any:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    said = AutoConfig.from_pretrained(model).dtype
+    said = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype
     if said is not None:
         return getattr(torch, said) if isinstance(said, str) else said
     for file in sorted(Path(model).glob("*.safetensors")):
@@ -121,13 +121,18 @@ def merge_adapter(job: TrainJob, trained: Any, target: Path, dtype: Any, probes:
     quantized = getattr(trained, "quantization_config", None)
     if quantized is not None:
         loaded = cls.from_pretrained(
-            job.model, dtype=trained.dtype, quantization_config=quantized, device_map={"": "cpu"}, **options
+            job.model,
+            dtype=trained.dtype,
+            quantization_config=quantized,
+            device_map={"": "cpu"},
+            trust_remote_code=False,
+            **options,
         )
         model = loaded.dequantize().float()
     else:
         import torch
 
-        model = cls.from_pretrained(job.model, dtype=torch.float32, **options)
+        model = cls.from_pretrained(job.model, dtype=torch.float32, trust_remote_code=False, **options)
     adapted = PeftModel.from_pretrained(model, str(job.work / "adapter"), autocast_adapter_dtype=True).eval()
     wanted = run_probes(adapted, probes, reward=job.reward)
     merged = adapted.merge_and_unload()
@@ -155,7 +160,7 @@ def finish_export(target: Path, model: str, tokenizer: Any, stop_ids: list[int],
     from transformers import AutoConfig, GenerationConfig
 
     tokenizer.save_pretrained(str(target))
-    config = AutoConfig.from_pretrained(str(target))
+    config = AutoConfig.from_pretrained(str(target), trust_remote_code=False)
     if config.pad_token_id != tokenizer.pad_token_id or config.dtype != dtype:
         config.pad_token_id, config.dtype = tokenizer.pad_token_id, dtype
         config.save_pretrained(str(target))

@@ -131,7 +131,7 @@ def supported_attention(model: str, *, reward: bool = False) -> set[str]:
     """Of sdpa and flash_attention_2, what transformers has for this model's class."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(model)
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
     cls = auto._model_mapping.get(type(config), None)
     found = {"sdpa": getattr(cls, "_supports_sdpa", False), FLASH: getattr(cls, "_supports_flash_attn", False)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages import telemetry
 from stages.base import Reporter, Resources
 from stages.capacity import Need
 from stages.cluster import wait_for_room
@@ -26,8 +27,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a cluster may have to grow first
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
+    **telemetry.OFF,
     "TOKENIZERS_PARALLELISM": "true",
 }
 
@@ -110,9 +110,9 @@ def launch(
         WorkersLost: some are gone.
         Exception: what a worker raised, or Ray Train's own where the workers could not be started in the time allowed.
     """
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.exceptions import RayActorError
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     workers = workers or resources.workers

@@ -214,7 +214,7 @@ class ReferenceWorker:
         if half is not None and job.deepspeed is not None:  # has no autocast: all parameters are cast
             options, half = options | {"dtype": half}, None
         self.autocast = half
-        model = AutoModelForCausalLM.from_pretrained(job.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(job.model, trust_remote_code=False, **options)
         if job.quantization is not None:
             settle_quantized(model)
         self.model = model.eval() if job.quantization is not None else model.eval().to("cuda" if gpu else "cpu")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import random
 import time
 import uuid
@@ -23,6 +22,7 @@ from stages.training.checkpoint import Saved, best_of, find_best, saved, sweep
 from stages.training.consumption import FILE as CONSUMED
 from stages.training.feed import Feed, FeedLoader
 from stages.training.universal import finish_loading
+from stages.training.unpickling import load, tensors_only
 from stages.training.watchdog import Pulse
 from stages.training.writer import Writer, sees, snapshot
 
@@ -74,7 +74,8 @@ class Checkpoints:
         kept = (folder.parent / CONSUMED, folder.parent / "metrics.jsonl")
         self.writer = Writer(folder, self.args.process_index, self.args.world_size, kept)
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **more)  # type: ignore[misc]
+            with tensors_only(folder, deepspeed=self.is_deepspeed_enabled):
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **more)  # type: ignore[misc]
         except BaseException as error:
             try:
                 self.writer.wait(30)  # what is being written is still good; not longer: other workers may be gone
@@ -347,27 +348,6 @@ def stopped_early(callbacks: list[Any], states: dict[str, Any]) -> bool:
             if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
                 return True
     return False
-
-
-def load(path: Path) -> Any:
-    """A state of tensors, plain values and numpy's, which a user's own optimizer or schedule may have.
-
-    Raises:
-        StageError: it has something else.
-    """
-    import numpy as np
-    import torch
-
-    made_by = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]  # what unpickling a scalar, an array calls
-    known = [np.ndarray, np.dtype, *made_by, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise StageError(
-            f"{path} holds more than tensors, plain values and numpy's: let `state_dict` of your optimizer or schedule give no "
-            f"objects of other classes ({str(error).rpartition('WeightsUnpickler error: ')[2].splitlines()[0]})"
-        ) from error
 
 
 def random_state() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from stages.errors import StageError
 from stages.storage import push
 from stages.training.checkpoint import Saved, newest_sound, sweep
+from stages.training.unpickling import load, tensors_only
 
 
 def go_on_from(folder: Path, workers: int, say: Callable[[str], None]) -> Saved | None:
@@ -52,9 +53,9 @@ def converted(checkpoint: Saved) -> Saved:
         inject_missing_state=True,
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), tensors_only(source, deepspeed=True):
             ds_to_universal.main(arguments)
-    except OSError:
+    except (OSError, StageError):
         raise
     except Exception as error:
         raise StageError(
@@ -81,7 +82,7 @@ def finish_loading(engine: Any, folder: Path) -> None:
     if engine.zero_optimization_stage() < 3:
         return
     (saved,) = folder.glob("global_step*/zero/optimizer_state.pt")
-    groups = torch.load(saved, map_location="cpu", weights_only=False)["optimizer_state_dict"]["param_groups"]
+    groups = load(saved)["optimizer_state_dict"]["param_groups"]
     optimizer = engine.optimizer.optimizer
     for group, own in zip(optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in own.items() if name != "params"})

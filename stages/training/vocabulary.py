@@ -24,7 +24,7 @@ def grow_vocabulary(model: str, tokenizer: Any, folder: Path) -> tuple[str, list
 
     needed = max(tokenizer.get_vocab().values(), default=0) + 1
     try:
-        rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+        rows = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError) as error:
         raise StageError(f"{model}: its config cannot be read: {str(error).splitlines()[0]}") from error
     if needed <= rows:
@@ -39,7 +39,7 @@ def _write_grown(model: str, tokenizer: Any, folder: Path, rows: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         loaded.resize_token_embeddings(rows)
