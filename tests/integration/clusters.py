@@ -31,6 +31,11 @@ STORE = 80 << 20  # bytes of each node's object store
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
+def plain_environment() -> dict[str, str]:
+    """This process's, without what a Ray of one machine may have set in it."""
+    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")}
+
+
 @contextmanager
 def several_nodes(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[str]:
     """The address of a cluster with a head and these nodes (`num_cpus`, `num_gpus`, `resources`)."""
@@ -124,8 +129,7 @@ def autoscaled(
         "file_mounts_sync_continuously": False, **nothing,
     }  # fmt: skip
     YAML().dump(config, file)
-    environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    environment.pop("RAY_ADDRESS", None)
+    environment = plain_environment() | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"]
     options = [
         f"--port={port}", f"--autoscaling-config={file}", f"--num-cpus={head_cpus}", f"--temp-dir={folder}",
@@ -189,7 +193,7 @@ def two_hosts(private: Path, cpus: tuple[int, int] = (1, 1)) -> Iterator[Hosts]:
     tag = f"{os.getpid() % 10_000}"
     names, ends, ips = (f"ra{tag}", f"rb{tag}"), (f"va{tag}", f"vb{tag}"), ("10.77.0.1", "10.77.0.2")
     folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
-    address, environment = f"{ips[0]}:6379", {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    address, environment = f"{ips[0]}:6379", plain_environment()
     options = [f"--object-store-memory={STORE}", "--disable-usage-stats"]
     head = ["--head", "--port=6379", f"--temp-dir={folder}", "--include-dashboard=false", *options]
     # Ray's own folder too: in a shared one it would take the address of the node that came last for its own.

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ..conftest import LLAMA
-from .clusters import Autoscaled, autoscaled, free_port
+from .clusters import Autoscaled, autoscaled, free_port, plain_environment
 
 # Workers of two CPUs have no room on the nodes for data. Those of `broken` cannot start: Ray refuses so small a store.
 TYPES: dict[str, tuple[dict[str, float], int]] = {
@@ -56,7 +56,7 @@ def write_spec(folder: Path, data: Path, cluster: dict[str, Any]) -> Path:
 
 def start(command: str, spec: Path, address: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", command, str(spec)], env=os.environ | {"RAY_ADDRESS": address},
+        [sys.executable, "-m", "pipeline", command, str(spec)], env=plain_environment() | {"RAY_ADDRESS": address},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

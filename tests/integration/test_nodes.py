@@ -4,7 +4,6 @@ network and train the same model; data is prepared where it is meant to be; a fo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,12 @@ import pytest
 
 from stages.training.network import interface_of
 
-from .clusters import several_nodes, two_hosts
+from .clusters import plain_environment, several_nodes, two_hosts
 from .test_training import LOSS_TOLERANCE
 
 
 def python(*arguments: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
+    env = plain_environment() | environment
     command = [*before, sys.executable, "-m", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
 
