@@ -70,7 +70,8 @@ def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
                 "rows": (manifest or {}).get("rows"),
                 "left_out": sum(ledger.get("reasons", {}).values()) if ledger else None,
                 "steps": (manifest or {}).get("steps"),
-                "metrics": record.get("error", "").split("\n")[0] or brief((manifest or {}).get("metrics", {})),
+                "metrics": (record.get("error") or record.get("waiting") or "").split("\n")[0]
+                or brief((manifest or {}).get("metrics", {})),
             }
         )
     return rows
