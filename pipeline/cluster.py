@@ -16,6 +16,13 @@ from stages.training.launch import ENVIRONMENT
 
 LOOK_AGAIN_SECONDS = 1.0
 
+# Servers of a Ray of this machine listen on loopback only, as they do on a Mac. By default they are on every network of the
+# machine, and let whoever reaches them run code. All processes that join inherit this; Ray reads it when it is imported.
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",  # vLLM looks for Ray's node by its own idea of the address
+}
+
 
 class RayCluster:
     """The cluster the stages use; one of this machine is started when it is needed."""
@@ -39,9 +46,7 @@ class RayCluster:
         """Begin to start it; takes seconds, in which other things can be done."""
         if self.local and self._thread is None:
             os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
-            # Ray's own servers listen on loopback only, as they do on a Mac. By default they are on every network of a machine,
-            # and let whoever reaches them run code. All processes that join inherit it; Ray reads it when it is imported.
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+            os.environ.update({k: os.environ.get(k, v) for k, v in LOOPBACK.items()})
             # Nobody listens there: what asks the dashboard for its State API is told so at once (see ENVIRONMENT).
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
             self._thread = threading.Thread(target=self._start, daemon=True)
