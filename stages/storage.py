@@ -125,7 +125,17 @@ def _open(storage: str, cache: str) -> _Store:
 def _store() -> _Store:
     storage = _given()
     assert storage is not None
-    return _open(storage, os.environ.get(CACHE) or str(Path(tempfile.gettempdir()) / "raylign"))
+    return _open(storage, os.environ.get(CACHE) or _default_cache(tempfile.gettempdir()))
+
+
+@lru_cache
+def _default_cache(folder: str) -> str:
+    """Where all users of a machine may write: a folder that another has made first, or a link, is not taken."""
+    own = Path(folder) / "raylign"
+    own.mkdir(mode=0o700, exist_ok=True)
+    if own.is_symlink() or own.stat().st_uid != os.getuid():
+        raise StageError(f"{own} belongs to somebody else; set {CACHE} to a folder of yours, the same on every node")
+    return str(own)
 
 
 def _key(path: Path) -> str | None:

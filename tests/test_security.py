@@ -502,6 +502,15 @@ def test_names_in_an_object_store_stay_within_its_mirror(
         os.environ.pop(storage.STORAGE, None)
 
 
+def test_a_mirror_in_a_folder_of_somebody_else_s_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "raylign").symlink_to(tmp_path / "theirs")
+    with pytest.raises(StageError, match="belongs to somebody else; set RAYLIGN_CACHE"):
+        storage._default_cache(str(tmp_path))
+    (tmp_path / "raylign").unlink()
+    assert Path(storage._default_cache(str(tmp_path))).stat().st_mode & 0o077 == 0
+
+
 # ------------------------------------------------------------------------------------------------ secrets
 
 SECRETS = {
