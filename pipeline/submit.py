@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from stages.errors import Problem, RaylignError, SpecError
 STAYS = ("runs", ".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache")
 WILD = re.compile(r"[*?\[\]\\]")  # what a pattern gives a meaning of its own
 DIGEST = "raylign_digest"  # in the job's metadata: of the spec's text and the command
+START_S = 120.0  # how long a head that has just been started may say that it takes no jobs yet
 
 
 def submit_spec(
@@ -58,7 +60,8 @@ def submit_spec(
         client = _connect(address)
         job, runs = job_id(client.list_jobs(), stem(read), digest)
         if not runs:
-            client.submit_job(
+            _send(
+                client,
                 entrypoint=shlex.join(command),
                 submission_id=job,
                 metadata={DIGEST: digest},
@@ -181,14 +184,26 @@ def job_id(jobs: Sequence[Any], begins: str, digest: str) -> tuple[str, bool]:
 def _connect(address: str) -> Any:
     """A client of the cluster's job server. Ray lets the environment win over the address that is given: it is put there."""
     os.environ["RAY_API_SERVER_ADDRESS"] = address if "://" in address else f"http://{address}"
+    from ray.dashboard.modules import dashboard_sdk
     from ray.dashboard.modules.job import sdk
 
-    for logger in (
-        logging.getLogger("ray"),
-        sdk.logger,
-    ):  # they name every file that is packed, and every lost connection
+    # Otherwise every file that is packed is told, and every connection that is lost.
+    for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
         logger.setLevel(logging.ERROR)
     return sdk.JobSubmissionClient(address)
+
+
+def _send(client: Any, **job: Any) -> None:
+    """Submit a job."""
+    until = time.monotonic() + START_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "try again later" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 @contextmanager
