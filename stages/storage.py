@@ -193,23 +193,28 @@ def _below(name: str, names: Collection[str]) -> bool:
     return bool(set(names) & set(PurePosixPath(name).parts))
 
 
-def push(path: Path, *, last: str | None = None, to: Path | None = None, without: Collection[str] = ()) -> None:
+def push(
+    path: Path, *, last: str | None = None, only: Collection[str] | None = None, without: Collection[str] = ()
+) -> None:
     """Take a file or folder to the store; what is there already, as it is here, is not sent again.
 
     Args:
         last: the name of a file that is sent when all others are there: what is complete has it.
-        to: the path whose place in the store it gets, where not its own.
+        only: paths of files in the folder; all in absence.
         without: names of files and folders that stay here.
 
     Raises:
         StageError: the store does not take it.
     """
-    key = _key(to or path)
+    key = _key(path)
     if key is None:
         return
     store = _store()
-    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
-    with _told(address(to or path)):
+    if only is not None:
+        files = [path / name for name in only]
+    else:
+        files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+    with _told(address(path)):
         there = store.files(key)
         todo: list[tuple[Path, str]] = []
         for file in files:
@@ -223,6 +228,14 @@ def push(path: Path, *, last: str | None = None, to: Path | None = None, without
             list(pool.map(lambda item: store.send(*item), [item for item in todo if item not in final]))
         for item in final:
             store.send(*item)
+
+
+def put(path: Path, text: str) -> None:
+    """A small file in the store alone, for another node, or process of this one, to pull."""
+    key = _key(path)
+    assert key is not None, f"{path} is not of a mirror"
+    with _told(address(path)), _store().fs.open_output_stream(key) as out:
+        out.write(text.encode())
 
 
 def _same(file: Path, info: fs.FileInfo) -> bool:

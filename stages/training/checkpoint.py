@@ -144,7 +144,7 @@ def publish(making: Path, record: Record) -> Path:
     sync(making / COMPLETE, *(p for p in making.rglob("*") if p.is_dir()), making)
     target = making.with_name(f"checkpoint-{record.step}")
     if target == making:  # of an object store, where nothing can be renamed: it is whole when COMPLETE is there
-        push(making, last=COMPLETE)
+        push(making, only=[COMPLETE])
         return target
     if target.exists():  # a damaged one, or training would not have come here again
         aside = making.with_name(f"{making.name}-replaced")

@@ -58,7 +58,12 @@ def brought_here(job: TrainJob, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        push(job.work, without=OF_THE_DRIVER)
+        # Others may have the same mirror as the first: each takes what it has written itself.
+        push(
+            job.work,
+            without=OF_THE_DRIVER,
+            only=None if rank == 0 else [p.name for p in job.work.glob(f"*-{rank}.jsonl")],
+        )
 
 
 def _train(job: TrainJob, build: Build, on_cpu: bool, rank: int, workers: int, pulse: Pulse | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stages.errors import StageError
-from stages.storage import mirrored, names, pull, push, remove
+from stages.storage import mirrored, names, pull, push, put, remove
 from stages.training.checkpoint import SAVING, Record, hash_file, prune, publish, sync
 
 Files = dict[str, tuple[int, str]]
@@ -186,15 +186,20 @@ class Writer:
         making.mkdir(parents=True, exist_ok=True)
         files = {name: write_state(making / name, state) for name, state in states.items()}
         if self.rank:
-            list_files(making, self.rank, files)
-            push(making, last=own_list(self.rank))
+            if mirrored(making):  # of which the first worker may be on another node, or have the same mirror
+                push(making, only=files)
+                put(making / own_list(self.rank), json.dumps(files))
+            else:
+                list_files(making, self.rank, files)
             return
+        own = dict(files)
         for rank in range(1, self.workers):
             files |= listed_files(making, rank)
         for path in making.rglob("*"):  # what DeepSpeed wrote by itself: the name of the newest tag, scripts
             name = str(path.relative_to(making))
             if path.is_file() and name not in files:
-                files[name] = (path.stat().st_size, hash_file(path))
+                files[name] = own[name] = (path.stat().st_size, hash_file(path))
+        push(making, only=own)
         for path in self.kept:
             if path.is_file():
                 sync(path)

@@ -196,6 +196,7 @@ def start(scene: Scene) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     if scene.cluster is not None:
         env["RAY_ADDRESS"] = scene.cluster.address
+        env["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"  # it has no dashboard (stages/training/launch.py, ENVIRONMENT)
     scene.command = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", "spec.yaml"], cwd=scene.folder, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
