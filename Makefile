@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check lock clean
+.PHONY: install demo test test-slow chaos check lock clean
 
 install: $(STAMP)
 
@@ -23,9 +23,13 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow"
 
+# Faults at random while a chain runs: each kind once. `python -m tests.chaos.chaos --runs 20` runs as many as one likes.
+chaos: install
+	$(BIN)/python -m pytest -m slow tests/chaos $(if $(BUDGET),--budget $(BUDGET))
+
 # BUDGET: minutes after which no further one is begun.
 test-slow: install
-	$(BIN)/python -m pytest -m slow $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m pytest -m slow --ignore tests/chaos $(if $(BUDGET),--budget $(BUDGET))
 
 check: install
 	$(BIN)/ruff check .

@@ -94,6 +94,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "run"
 
 
+@pytest.mark.slow
 def test_a_run_is_killed_and_goes_on_on_another_machine(
     undisturbed: Path, data: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +188,16 @@ def test_nodes_that_have_no_folder_in_common(
     cache.mkdir()
     spec_of(tmp_path, data, storage, cluster={"workers": 2})
     with nodes_of_their_own(cache, 2) as address:
-        finished(command("run", "spec.yaml", folder=tmp_path, cache=cache, RAY_ADDRESS=address))
+        finished(
+            command(
+                "run",
+                "spec.yaml",
+                folder=tmp_path,
+                cache=cache,
+                RAY_ADDRESS=address,
+                RAY_API_SERVER_ADDRESS="http://127.0.0.1:9",
+            )
+        )
     assert not list(cache.glob("*/run/.work/*/checkpoints")), "the driver's node has trained nothing"
     got = fetched(storage.replace("?", "/run?"), tmp_path / "fresh", monkeypatch)
     assert_same_models(undisturbed, got)

@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from .clusters import several_nodes
 from .test_object_store import finished, spec_of, weights
 
 
+@pytest.mark.slow
 def test_a_notice_makes_a_checkpoint_and_training_goes_on_elsewhere(data: Path, tmp_path: Path) -> None:
     import ray
     import torch

@@ -234,6 +234,7 @@ def test_a_worker_that_is_killed_again_and_again(
     assert (tmp_path / "sft" / "checkpoints" / "checkpoint-3").is_dir()
 
 
+@pytest.mark.slow
 def test_a_worker_that_stands_still_is_named_and_replaced(
     ray_address: str, tmp_path: Path, dropping: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
