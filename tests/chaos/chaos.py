@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 ATTEMPTS = 3
-SECONDS = 400  # of one attempt
+SECONDS = 600  # of one attempt
 STALL_MINUTES = 0.15
 STEPS = {"sft": 26, "dpo": 10}
 
@@ -196,7 +196,9 @@ def start(scene: Scene) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     if scene.cluster is not None:
         env["RAY_ADDRESS"] = scene.cluster.address
-        env["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"  # it has no dashboard (stages/training/launch.py, ENVIRONMENT)
+        env["RAY_API_SERVER_ADDRESS"] = (
+            "http://127.0.0.1:9"  # it has no dashboard (stages/training/launch.py, ENVIRONMENT)
+        )
     scene.command = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", "spec.yaml"], cwd=scene.folder, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

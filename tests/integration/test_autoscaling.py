@@ -117,7 +117,7 @@ def test_an_address_where_no_ray_answers_is_told_in_seconds(data: Path, tmp_path
     began = time.monotonic()
     code, _, err = run("run", spec, address)
     assert code == 1 and time.monotonic() - began < 120
-    assert f"RAY_ADDRESS={address}: no Ray answers there (Connection refused)" in " ".join(err.split())
+    assert f"RAY_ADDRESS={address}: no Ray answers there: Connection refused" in " ".join(err.split())
 
 
 GROUP = {

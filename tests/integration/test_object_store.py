@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from ..conftest import LLAMA
 from .clusters import STORE
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 TRAIN = {
     "learning_rate": 1.0e-3,
     "per_device_train_batch_size": 4,
@@ -58,7 +60,7 @@ def command(*arguments: str, folder: Path, cache: Path, **environment: str) -> s
 
 
 def finished(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, _ = process.communicate(timeout=400)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == code, out
     return out
 
@@ -94,7 +96,6 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "run"
 
 
-@pytest.mark.slow
 def test_a_run_is_killed_and_goes_on_on_another_machine(
     undisturbed: Path, data: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
