@@ -93,19 +93,12 @@ class RayCluster:
 
         where = f"RAY_ADDRESS={self.given}"
         if why := answers(self.given):
-            raise StageError(
-                f"{where}: no Ray answers there ({why}); start the cluster, or unset it to use this machine"
-            )
+            raise StageError(f"{where}: {why}\n  or unset it, to run on this machine alone")
         if ray.is_initialized():
             self.ours = False
         else:
             try:
                 ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
-            except ray.exceptions.AuthenticationError as error:
-                raise StageError(
-                    f"{where}: the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (on its head, "
-                    "`ray get-auth-token`)"
-                ) from error
             except (ConnectionError, RuntimeError) as error:
                 raise StageError(f"{where}: {str(error).strip().splitlines()[0]}") from error
         self._growth, self._connected = read_growth(), True

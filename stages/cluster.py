@@ -49,17 +49,27 @@ def nodes() -> tuple[Node, ...]:
 
 
 def answers(address: str, seconds: float = 5.0) -> str:
-    """Why nothing answers at `host:port`, or nothing. Towards an address where no Ray runs ray.init would hang for minutes.
+    """Why no Ray answers this process at `host:port`, or nothing. Towards a dead address ray.init would hang for minutes, and
+    of a token it says nothing.
 
-    Other forms (`auto`, `local`) are Ray's own matter.
+    Other forms (`auto`, `local`, `ray://`) are Ray's own matter.
     """
     host, separator, port = address.rpartition(":")
-    if not separator or not port.isdigit():
+    if not separator or not port.isdigit() or "//" in host:
         return ""
     try:
-        socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), seconds).close()
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
     except OSError as error:
-        return f"{error.strerror or error}"
+        return f"no Ray answers there: {error.strerror or error}"
+    import ray
+    from ray.exceptions import AuthenticationError, RpcError
+
+    try:
+        ray._raylet.GcsClient(address=address)
+    except AuthenticationError:
+        return "it wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (on its head, `ray get-auth-token`)"
+    except RpcError as error:
+        return f"no Ray answers there: {str(error).strip().splitlines()[0]}"
     return ""
 
 

@@ -29,6 +29,7 @@ from stages.cluster import HEAD
 STORE = 80 << 20  # bytes of each node's object store
 # A token that lies in the home folder would switch authentication on for whatever calls ray.init, and off for what does not.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a shared machine may be slow
 
 
 def plain_environment() -> dict[str, str]:
@@ -138,7 +139,7 @@ def autoscaled(
     over = threading.Event()
     watcher: threading.Thread | None = None
     try:
-        subprocess.run([*ray, *options], env=environment, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run([*ray, *options], env=environment, check=True, capture_output=True, text=True, timeout=240)
         cluster = Autoscaled(address, Seen())
         watcher = threading.Thread(target=_watch, args=(cluster, over), daemon=True)
         watcher.start()
@@ -214,7 +215,7 @@ def two_hosts(private: Path, cpus: tuple[int, int] = (1, 1)) -> Iterator[Hosts]:
             (on[0], on[1] + own), ips, cpus, (head, [f"--address={address}", *options]), strict=True
         ):
             command = [*before, *ray, f"--node-ip-address={ip}", f"--num-cpus={count}", *more]
-            subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=240)
         yield Hosts(address, ends, on[0])
     except subprocess.CalledProcessError as error:
         raise AssertionError(f"{error.cmd}: {error.stdout}{error.stderr}") from error
