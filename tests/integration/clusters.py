@@ -29,7 +29,6 @@ from stages.cluster import HEAD
 STORE = 80 << 20  # bytes of each node's object store
 # A token that lies in the home folder would switch authentication on for whatever calls ray.init, and off for what does not.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a shared machine may be slow
 
 
 def plain_environment() -> dict[str, str]:
