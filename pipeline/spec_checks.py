@@ -29,7 +29,7 @@ NAME = re.compile(r"[a-z][a-z0-9_-]*")
 RESERVED = {"logs", "report", "run", "spec"}
 # s3://key:secret@bucket, or ?secret_key=...; gs://anonymous@ is none
 CREDENTIALS = re.compile(
-    r"\w[\w+.-]*://(?!anonymous@)[^/?#\s]*@|\w[\w+.-]*://\S*[?&](\w*(key|token|secret|password)\w*|signature)=",
+    r"\w[\w+.-]*://(?!anonymous@)([^/?#\s]*@|[^/?#\s:@]+:[^?#\s@]+@|\S*[?&][\w-]*(key|token|secret|password|signature)[\w-]*=)",
     re.IGNORECASE,
 )
 # a stage's task -> the records it takes, and what they are called
