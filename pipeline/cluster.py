@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.capacity import machine
 from stages.capacity import Capacity, Growth
-from stages.cluster import GROWTH, WAIT, answers, check_shared, nodes, read_growth
+from stages.cluster import GROWTH, WAIT, answers, check_shared, nodes, read_growth, why_not
 from stages.errors import StageError
 from stages.training.launch import ENVIRONMENT
 
@@ -100,7 +100,7 @@ class RayCluster:
             try:
                 ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, RuntimeError) as error:
-                raise StageError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+                raise StageError(f"{where}: {why_not(self.given, str(error))}") from error
         self._growth, self._connected = read_growth(), True
 
     def capacity(self) -> Capacity:

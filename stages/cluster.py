@@ -49,8 +49,7 @@ def nodes() -> tuple[Node, ...]:
 
 
 def answers(address: str, seconds: float = 5.0) -> str:
-    """Why no Ray answers this process at `host:port`, or nothing. Towards a dead address ray.init would hang for minutes, and
-    of a token it says nothing.
+    """Why nothing answers at `host:port`, or nothing. Towards an address where no Ray runs ray.init would hang for minutes.
 
     Other forms (`auto`, `local`, `ray://`) are Ray's own matter.
     """
@@ -61,16 +60,23 @@ def answers(address: str, seconds: float = 5.0) -> str:
         socket.create_connection((host.strip("[]"), int(port)), seconds).close()
     except OSError as error:
         return f"no Ray answers there: {error.strerror or error}"
+    return ""
+
+
+def why_not(address: str, said: str) -> str:
+    """Why ray.init failed towards an address, where it said something; of a token that the cluster wants it says nothing."""
     import ray
     from ray.exceptions import AuthenticationError, RpcError
 
     try:
         ray._raylet.GcsClient(address=address)
     except AuthenticationError:
-        return "it wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (on its head, `ray get-auth-token`)"
+        return (
+            "the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (on its head, `ray get-auth-token`)"
+        )
     except RpcError as error:
-        return f"no Ray answers there: {str(error).strip().splitlines()[0]}"
-    return ""
+        return str(error).strip().splitlines()[0]
+    return said.strip().splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------------ how far it can grow
