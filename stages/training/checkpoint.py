@@ -183,10 +183,12 @@ def prune(folder: Path, keep: int | None, best: Collection[str] = ()) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what an interrupted run left half-made or half-removed. Only while nothing writes there."""
-    for path in folder.glob(".*-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if mirrored(folder):
-        for name in names(folder):
-            if name.startswith(".") or not (name.endswith(".error") or COMPLETE in names(folder / name)):
-                remove(folder / name)
-                shutil.rmtree(folder / name, ignore_errors=True)
+    halves = set(folder.glob(".*-*"))
+    if mirrored(folder):  # where nothing has another name while it is made
+        halves |= {folder / name for name in names(folder) if COMPLETE not in names(folder / name)}
+    for path in halves:
+        remove(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
