@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,9 +54,10 @@ def tensors_only(what: Path, deepspeed: bool = False) -> Iterator[None]:
         with torch.serialization.safe_globals(list(wanted - set(torch.serialization.get_safe_globals()))):
             yield
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise StageError(
-            f"{what} holds more than tensors, plain values and numpy's: let `state_dict` of your optimizer or schedule give no "
-            f"objects of other classes ({str(error).rpartition('WeightsUnpickler error: ')[2].splitlines()[0]})"
+            f"{what} holds more than tensors, plain values and numpy's{f': {named[1]}' if named else ''}. If that is of an optimizer "
+            "or schedule of yours, let its `state_dict` give plain values; else somebody has changed the file: remove it"
         ) from error
     finally:
         if before is None:
