@@ -57,7 +57,8 @@ def tensors_only(what: Path, deepspeed: bool = False) -> Iterator[None]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise StageError(
             f"{what} holds more than tensors, plain values and numpy's{f': {named[1]}' if named else ''}. If that is of an "
-            "optimizer or schedule of yours, let its `state_dict` give plain values; else somebody has changed the file: remove it"
+            "optimizer or schedule of yours, let its `state_dict` give plain values; else somebody has changed the file: "
+            "remove it"
         ) from error
     finally:
         if before is None:
