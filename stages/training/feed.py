@@ -267,7 +267,9 @@ class Feed:
 
 def stream(feed: Feed) -> Iterator[pa.Table]:
     """The worker's tables in order, read ahead by Ray Data tasks while the worker trains."""
+    import ray
     import ray.data
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     plan = [
         (window, feed.first_row(epoch))
@@ -284,9 +286,11 @@ def stream(feed: Feed) -> Iterator[pa.Table]:
 
     if not plan:
         return
-    # num_cpus=0: on a machine whose cores all train, a reader that asked for one would wait for ever.
+    # num_cpus=0: on a machine whose cores all train, a reader that asked for one would wait for ever. Read where it is trained:
+    # on other nodes it would keep them from being given back.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     dataset = ray.data.from_items([{"window": i} for i in range(len(plan))], override_num_blocks=len(plan)).map_batches(
-        read, batch_size=1, num_cpus=0
+        read, batch_size=1, num_cpus=0, scheduling_strategy=here
     )
     dataset.context.execution_options.preserve_order = True
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
