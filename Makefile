@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow chaos check lock clean
+.PHONY: install demo test test-slow test-cluster check lock clean
 
 install: $(STAMP)
 
@@ -21,15 +21,15 @@ demo: install
 	$(BIN)/raylign run examples/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 
-# Faults at random while a chain runs: each kind once. `python -m tests.chaos.chaos --runs 20` runs as many as one likes.
-chaos: install
-	$(BIN)/python -m pytest -m slow tests/chaos $(if $(BUDGET),--budget $(BUDGET))
+# Several nodes, an autoscaler, an object store, jobs, and faults at random (`python -m tests.chaos.chaos --runs 20` for more of those).
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster
 
 # BUDGET: minutes after which no further one is begun.
 test-slow: install
-	$(BIN)/python -m pytest -m slow --ignore tests/chaos $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m pytest -m "slow and not cluster" $(if $(BUDGET),--budget $(BUDGET))
 
 check: install
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import pytest
 
 from .chaos import FAULTS, OWN_DISK, disturbed, run_undisturbed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

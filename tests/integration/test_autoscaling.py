@@ -67,6 +67,7 @@ def run(command: str, spec: Path, address: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.cluster
 def test_nodes_come_for_what_runs_and_go(cluster: Autoscaled, data: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, data, {"workers": 2, "cpus_per_worker": 2})
     process, state = start("run", spec, cluster.address), tmp_path / "runs" / "grown" / "run.json"
@@ -91,6 +92,7 @@ def test_nodes_come_for_what_runs_and_go(cluster: Autoscaled, data: Path, tmp_pa
     assert (record["state"], record["workers"], record.get("waiting")) == ("done", 2, None)
 
 
+@pytest.mark.cluster
 def test_what_can_never_be_is_refused_before_anything_starts(cluster: Autoscaled, data: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, data, {"workers": 4, "gpus_per_worker": 1})
     says = "needs 4 GPU; have 0, can grow to 2: will never start"
@@ -102,6 +104,7 @@ def test_what_can_never_be_is_refused_before_anything_starts(cluster: Autoscaled
     assert code == 0 and "NO" in out and says in " ".join(out.split()), out + err
 
 
+@pytest.mark.cluster
 def test_waiting_for_what_never_comes_ends(cluster: Autoscaled, data: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, data, {"workers": 1, "cpus_per_worker": 8, "wait_minutes": 0.1})
     code, out, err = run("run", spec, cluster.address)

@@ -16,6 +16,8 @@ from stages.training.network import interface_of
 from .clusters import plain_environment, several_nodes, two_hosts
 from .test_training import LOSS_TOLERANCE
 
+pytestmark = pytest.mark.cluster
+
 
 def python(*arguments: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     env = plain_environment() | environment
@@ -67,7 +69,6 @@ def test_workers_are_spread_and_data_is_prepared_beside_them(tmp_path: Path) -> 
     assert len(data) == 6 and all("data" in task["resources"] for task in data)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_zero_across_nodes_is_zero_on_one(tmp_path: Path, data: Path, model: str, zero: str) -> None:
     found = []
@@ -81,7 +82,6 @@ def test_zero_across_nodes_is_zero_on_one(tmp_path: Path, data: Path, model: str
     assert found[1] == pytest.approx(found[0], rel=LOSS_TOLERANCE)
 
 
-@pytest.mark.slow
 def test_hosts_with_networks_of_their_own(tmp_path: Path, data: Path, model: str) -> None:
     """The host's name means an address that neither of them has, so that without the interface gloo would find no way."""
     private = tmp_path / "private"

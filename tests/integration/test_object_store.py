@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from ..conftest import LLAMA
 from .clusters import STORE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 TRAIN = {
     "learning_rate": 1.0e-3,

@@ -15,7 +15,7 @@ from .clusters import several_nodes
 from .test_object_store import finished, spec_of, weights
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1800)
 def test_a_notice_makes_a_checkpoint_and_training_goes_on_elsewhere(data: Path, tmp_path: Path) -> None:
     import ray

@@ -17,6 +17,8 @@ import pytest
 
 from ..cluster_files import FILES
 
+pytestmark = pytest.mark.cluster
+
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
@@ -66,7 +68,6 @@ def test_two_nodes_and_the_exit_code_of_the_command(slurm: dict[str, str]) -> No
     assert "CPUs 2.0" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_near_its_end_it_gets_in_line_again(slurm: dict[str, str]) -> None:
     ready = Path(slurm["SLURM_TMPDIR"]) / "ready"
     command = [

@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
+pytestmark = pytest.mark.cluster
+
 BIN = str(Path(sys.executable).parent)
 SECRET = "hf_" + secrets.token_hex(16)
 SPEC = """\
