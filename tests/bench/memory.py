@@ -127,13 +127,13 @@ def run_case(
     from pipeline.estimate import describe
     from stages import KINDS, StageContext
     from stages.base import Artifact, Resources
-    from stages.training import stage as training
+    from stages.training import recovery
 
     data = write_data(folder, kind, tokens)
     work = folder / "work"
     work.mkdir()
     stage = KINDS[kind].model_validate({"kind": kind, "data": [{"path": str(data)}]} | config)
-    training.train_on_worker = measured_worker  # type: ignore[assignment]
+    recovery.train_on_worker = measured_worker
     stage.run(
         StageContext(
             "stage", work, folder / ".prepared", {"model": [Artifact("base", "model", model)]},
