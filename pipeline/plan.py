@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 from pipeline.artifacts import RunFolder, product, read_json
 from pipeline.spec import Cluster, Spec
-from stages import Generate, Stage
+from stages import Generate, Stage, own
 from stages.base import Resources, workers_range
 from stages.data.encode import DATA_VERSION
 from stages.data.prepare import options_key, sources_key
 from stages.rl.stage import RLStage
 from stages.storage import address, use
-from stages.training import optimizers
 from stages.training.deepspeed import deepspeed_config
 from stages.training.stage import TrainStage
 
@@ -57,6 +56,7 @@ class Plan:
 
 def make_plan(spec: Spec) -> Plan:
     """What would be done, in order. Reads the data files (for their hashes) and the run folder, changes nothing."""
+    own.use(spec.folder)
     folder = RunFolder(use(spec.storage) / spec.name)
     stages: list[PlannedStage] = []
     for name in order(spec):
@@ -128,8 +128,8 @@ def fingerprint_of(spec: Spec, stage: Stage, inputs: dict[str, list[str]], upstr
         "seed": spec.seed,
         "chat_template": spec.template,
     }
-    if functions := stage.functions():
-        key["functions"] = [function_key(name, spec.folder) for name in functions]
+    if functions := [*stage.functions(), *([stage.kind] if own.is_named(stage.kind) else [])]:
+        key["functions"] = [own.key(name) for name in functions]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
@@ -139,12 +139,6 @@ def data_key(stage: Stage, upstream: dict[str, str]) -> list[dict[str, Any]]:
         {"made": upstream[source.made_by], **options_key(source)} if source.made_by else sources_key([source])[0]
         for source in stage.sources()
     ]
-
-
-def function_key(name: str, folder: str) -> str | None:
-    """The hash of the module of a function `module:name`; what it imports is not looked at."""
-    file = optimizers.source(name, folder)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else None
 
 
 def with_made_data(plan: Plan, stage: Stage) -> Stage | None:

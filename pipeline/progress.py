@@ -1,14 +1,21 @@
-"""What a run shows while it goes: a live line per running stage in a terminal, plain lines in a job's log."""
+"""What a run shows while it goes: in a terminal all its stages, with bars for those that run; plain lines in a job's log."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 LINE_EVERY_S = 10.0  # in a log
 
@@ -39,34 +46,79 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+@dataclass
+class Line:
+    """What is shown of a stage."""
+
+    kind: str
+    needs: list[str]
+    depth: int  # how many stages come before it, one after another
+    state: str = "waiting"
+    began: float = 0.0
+    seconds: float = 0.0
+    said: str = ""  # the metrics it ended with, or why it has not
+    read: int = 0  # bytes of its events that were read
+    told: float = 0.0  # when a log had its last line of it
+    phase: str = ""
+    waits: str = ""  # for what, and how long
+    values: str = ""
+    unit: str = ""
+    done: int = 0
+    total: int | None = None
+    since: tuple[float, int] = (0.0, 0)  # the time of the phase's first progress, and how far it was then
+
+    def rate(self) -> float | None:
+        """Units a second since the phase's first progress, which may be that of a run that is gone on with."""
+        seconds, units = time.time() - self.since[0], self.done - self.since[1]
+        return units / seconds if units > 0 and seconds > 0.5 else None
+
+    def pace(self) -> str:
+        """`2.3 steps/s, 1:04 left`."""
+        rate = self.rate()
+        if rate is None:
+            return ""
+        slow = f"{rate:.3g} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
+        return slow + (f", {clock((self.total - self.done) / rate)} left" if self.total else "")
+
+
+MARKS = {"waiting": "·", "cached": "=", "done": "✓", "failed": "✗"}
+STYLES = {"waiting": "dim", "cached": "cyan", "done": "green", "failed": "red", "running": "bold"}
+
+
 class Terminal:
     """Shows a run. `quiet` shows nothing; errors are told by whoever catches them."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(quiet=quiet)
         self.started = time.time()
-        self.bars: dict[str, TaskID] = {}
-        self.read: dict[str, int] = {}  # stage -> bytes of its events already read
-        self.phase: dict[str, str] = {}
-        self.waiting: dict[str, str] = {}  # stage -> what it waits for, and how long
-        self.told: dict[str, float] = {}
-        self.live = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[what]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(compact=True), console=self.console, transient=True,
-            disable=not self.console.is_terminal,
+        self.lines: dict[str, Line] = {}
+        self.spinner = Spinner("dots")
+        self.live = Live(
+            console=self.console, get_renderable=self._tree, refresh_per_second=4, transient=True, auto_refresh=self.shows
         )  # fmt: skip
 
+    @property
+    def shows(self) -> bool:
+        """Whether there is a terminal to draw in; a job's log gets lines."""
+        return self.console.is_terminal and not self.console.quiet
+
     def __enter__(self) -> Terminal:
-        self.live.start()
+        if self.shows:
+            self.live.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.live.stop()
+        if self.shows:
+            self.live.stop()
+
+    def plan(self, stages: Iterable[tuple[str, str, list[str]]]) -> None:
+        """The stages of the run in order: (name, kind, names of those it needs)."""
+        for name, kind, needs in stages:
+            self.lines[name] = Line(kind, needs, 1 + max((self.lines[n].depth for n in needs), default=-1))
 
     def stage(
         self,
         name: str,
-        kind: str,
         state: str,
         *,
         seconds: float = 0,
@@ -74,64 +126,123 @@ class Terminal:
         resumed: bool = False,
     ) -> None:
         """A stage has come to a state: cached, running, done or failed."""
+        line = self.lines[name]
+        line.state, line.seconds, line.waits = state, seconds, ""
         if state == "running":
-            self.bars[name] = self.live.add_task(f"[bold]{name}[/]", total=None, what=kind)
-            self._say(f"{name}: {'goes on where it was' if resumed else 'started'} ({kind})")
+            line.began = time.time()
+            self._say(f"{name}: {'goes on where it was' if resumed else 'started'} ({line.kind})")
             return
-        if name in self.bars:
-            self.live.remove_task(self.bars.pop(name))
-        style, tail = {
-            "cached": ("cyan", "unchanged"),
-            "done": ("green", f"done in {seconds:.1f} s"),
-            "failed": ("red", "failed"),
-        }[state]
-        said = brief(metrics or {})
-        self._say(f"{name}: [{style}]{tail}[/]" + (f"  ({said})" if said else ""))
+        line.said = brief(metrics or {})
+        tail = {"cached": "unchanged", "done": f"done in {seconds:.1f} s", "failed": "failed"}[state]
+        self._say(f"{name}: [{STYLES[state]}]{tail}[/]" + (f"  ({line.said})" if line.said else ""))
+
+    def phase(self, name: str) -> str:
+        """What a running stage is at."""
+        return self.lines[name].phase
+
+    def waiting(self, name: str) -> str | None:
+        """What a stage waits for, and how long."""
+        return self.lines[name].waits or None
 
     def follow(self, name: str, events: Path) -> None:
         """Show what a running stage has reported since the last call."""
-        if not events.is_file() or events.stat().st_size == self.read.get(name, 0):
+        line = self.lines[name]
+        if not events.is_file() or events.stat().st_size == line.read:
             return
         with events.open() as file:
-            file.seek(self.read.get(name, 0))
+            file.seek(line.read)
             lines = file.readlines()
             if lines and not lines[-1].endswith("\n"):
                 lines.pop()
-            self.read[name] = self.read.get(name, 0) + sum(len(line.encode()) for line in lines)
-        for line in lines:
-            self._event(name, json.loads(line))
+            line.read += sum(len(each.encode()) for each in lines)
+        for each in lines:
+            self._event(name, json.loads(each))
 
     def _event(self, name: str, event: dict[str, Any]) -> None:
+        line = self.lines[name]
         if "waiting" in event:
             self._waits(name, event)
             return
         if "phase" in event:
-            self.phase[name] = event["phase"]
+            line.phase, line.total, line.values, line.unit = event["phase"], None, "", ""
             facts = ", ".join(f"{k} {number(v)}" for k, v in event.items() if k not in ("phase", "time"))
-            self.live.update(self.bars[name], what=self.phase[name], total=None)
-            if not self.console.is_terminal:
-                self._say(f"{name}: {event['phase']}" + (f" ({facts})" if facts else ""))
-            self.told[name] = time.time()
+            self._say(f"{name}: {event['phase']}" + (f" ({escape(facts)})" if facts else ""))
+            line.told = time.time()
             return
-        said = [f"  {key} {event[key]:.3f}" for key in ("loss", "reward", "kl") if event.get(key) is not None]
-        what = f"{self.phase.get(name, '')} {event['done']}/{event['total']} {event['unit']}s{''.join(said)}"
-        self.live.update(self.bars[name], completed=event["done"], total=event["total"], what=what)
-        if not self.console.is_terminal and time.time() - self.told.get(name, 0) > LINE_EVERY_S:
-            self.told[name] = time.time()
-            self._say(f"{name}: {what}")
+        if not line.unit or event["done"] < line.done:  # also where training has gone back to a checkpoint
+            line.since = (event.get("time", time.time()), event["done"])
+        line.done, line.total, line.unit = event["done"], event["total"], event["unit"]
+        line.values = "  ".join(
+            f"{key} {event[key]:.3f}" for key in ("loss", "reward", "kl") if event.get(key) is not None
+        )
+        if time.time() - line.told > LINE_EVERY_S:
+            line.told = time.time()
+            parts = [f"{line.phase} {line.done}/{line.total} {line.unit}s", line.values, line.pace()]
+            self._say(f"{name}: " + "  ".join(part for part in parts if part))
 
     def _waits(self, name: str, event: dict[str, Any]) -> None:
         """`waiting for 4 GPU: have 0 free of 2, can grow to 4; 12 s of 1800`."""
+        line = self.lines[name]
         if event["waiting"] is None:
-            self.waiting.pop(name, None)
-            self.live.update(self.bars[name], what=self.phase.get(name, ""))
+            line.waits = ""
             return
-        what = f"waiting for {event['waiting']}; {event['seconds']} s of {event['limit']}"
-        first, self.waiting[name] = name not in self.waiting, what
-        self.live.update(self.bars[name], what=what, total=None)
-        if not self.console.is_terminal and (first or time.time() - self.told.get(name, 0) > LINE_EVERY_S):
-            self.told[name] = time.time()
-            self._say(f"{name}: {what}")
+        first = not line.waits
+        line.waits = f"waiting for {event['waiting']}; {event['seconds']} s of {event['limit']}"
+        if first or time.time() - line.told > LINE_EVERY_S:
+            line.told = time.time()
+            self._say(f"{name}: {escape(line.waits)}")
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.time() - self.started:7.1f} s[/]  {text}", highlight=False, soft_wrap=True)
+        """A line for a log; a terminal shows it in the tree."""
+        if not self.shows:
+            self.console.print(f"[dim]{time.time() - self.started:7.1f} s[/]  {text}", highlight=False, soft_wrap=True)
+
+    # -- the tree
+
+    def _tree(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True, width=24)
+        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        shown = self._shown(self.console.height - 3)
+        for name in shown:
+            grid.add_row(*self._row(name, self.lines[name]))
+        if hidden := [line.state for name, line in self.lines.items() if name not in shown]:
+            counts = ", ".join(f"{hidden.count(state)} {state}" for state in dict.fromkeys(hidden))
+            grid.add_row("", Text(f"and {len(hidden)} more: {counts}", style="dim"))
+        return grid
+
+    def _shown(self, room: int) -> list[str]:
+        """The stages there is room for: what runs or failed before what is done, before what waits."""
+        urgent = {"running": 0, "failed": 1, "done": 2, "cached": 3, "waiting": 4}
+        first = sorted(self.lines, key=lambda name: urgent[self.lines[name].state])[: max(room, 3)]
+        return [name for name in self.lines if name in first]
+
+    def _row(self, name: str, line: Line) -> tuple[RenderableType, ...]:
+        style, indent = STYLES[line.state], "  " * min(line.depth, 6)
+        head = (Text(indent + name, style=style), Text(line.kind, style="dim"))
+        if line.state == "running":
+            took = clock(time.time() - line.began)
+            bar = ProgressBar(
+                total=line.total or 1, completed=line.done if line.total else 0, width=24, pulse=not line.total
+            )
+            count = f"{line.done}/{line.total} {line.unit}s" if line.total else ""
+            said = line.waits or "  ".join(p for p in (line.phase, count, line.pace(), line.values, f"({took})") if p)
+            return (self.spinner, *head, bar, Text(said))
+        time_taken = Text(f"{line.seconds:.1f} s" if line.state in ("done", "failed") else "", style="dim")
+        needs = [n for n in line.needs if self.lines[n].state not in ("done", "cached")]
+        said = f"after {', '.join(needs)}" if line.state == "waiting" and needs else line.said
+        return (
+            Text(MARKS[line.state], style=style),
+            *head,
+            time_taken,
+            Text(said, style="dim" * (line.state == "waiting")),
+        )
+
+
+def clock(seconds: float) -> str:
+    """`0:42`, `12:05`, `3:02:11`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

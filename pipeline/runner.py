@@ -26,6 +26,7 @@ from pipeline.progress import Terminal
 from pipeline.report import write_report
 from pipeline.stage_process import StageJob, send
 from pipeline.training_checks import run_problems
+from stages import own
 from stages.base import Artifact, StageContext
 from stages.errors import Problem, SpecError, StageError
 from stages.evaluate import check_gate
@@ -45,6 +46,7 @@ def run_plan(plan: Plan, quiet: bool = False) -> None:
         StageError: a stage failed. The others that could still run have run, and what they made is published.
     """
     use(plan.spec.storage)
+    own.use(plan.spec.folder)
     with plan.folder.lock(), Terminal(quiet) as terminal:
         run = _Run(plan, terminal)
         try:
@@ -121,6 +123,7 @@ class _Run:
     # -- the record
 
     def _begin(self) -> None:
+        self.terminal.plan((s.name, s.stage.kind, s.needs) for s in self.plan.stages)
         self.folder.save_spec(self.plan.spec.as_yaml())
         (self.folder.path / "logs").mkdir(exist_ok=True)
         stages = {}
@@ -135,7 +138,7 @@ class _Run:
                 self.folder.fetch(planned.name)
                 self.done.add(planned.name)
                 record["state"] = "cached"
-                self.terminal.stage(planned.name, planned.stage.kind, "cached")
+                self.terminal.stage(planned.name, "cached")
             stages[planned.name] = record
         self.state = {
             "name": self.plan.spec.name,
@@ -155,14 +158,18 @@ class _Run:
         gates = getattr(planned.stage, "gates", [])
         if not gates:
             return True
-        verdicts = [check_gate(gate, (self.folder.manifest(planned.name) or {})["metrics"]) for gate in gates]
+        manifest = self.folder.manifest(planned.name) or {}
+        try:
+            verdicts = [check_gate(gate, manifest["metrics"], manifest["details"]["samples"]) for gate in gates]
+        except StageError as error:  # a check of the user's
+            verdicts = [{"metric": "check", "holds": False, "value": None, "says": str(error)}]
         broken = [verdict["says"] for verdict in verdicts if not verdict["holds"]]
         self._set(planned.name, gates=verdicts)
         if broken:
             cause = "gate not met: " + "; ".join(broken)
             self.failed[planned.name] = f"stage {planned.name}: {cause}"
             self._set(planned.name, state="failed", error=cause)
-            self.terminal.stage(planned.name, planned.stage.kind, "failed")
+            self.terminal.stage(planned.name, "failed")
         return not broken
 
     def _set(self, name: str, **values: Any) -> None:
@@ -210,7 +217,6 @@ class _Run:
             seed=self.plan.spec.seed,
             resources=planned.resources,
             chat_template=self.plan.spec.template,
-            code=self.plan.spec.folder,
             local=self.cluster.local,
         )
         address = self.cluster.address() if planned.stage.uses_ray else None
@@ -228,11 +234,11 @@ class _Run:
         send(StageJob(planned.stage.kind, config, context, address), process.stdin)
         self.running[name] = Running(planned, process, time.time(), work)
         self._set(name, state="running", started=time.time(), workers=planned.resources.workers)
-        self.terminal.stage(name, planned.stage.kind, "running", resumed=planned.state == "resume")
+        self.terminal.stage(name, "running", resumed=planned.state == "resume")
 
     def _environment(self, planned: PlannedStage, threads: int) -> dict[str, str]:
         environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
-        environment |= self.cluster.environment(self.plan.spec.cluster.wait_minutes)
+        environment |= self.cluster.environment(self.plan.spec.cluster.wait_minutes) | own.environment()
         if self.cluster.local:
             environment.pop("RAY_ADDRESS", None)
         train = getattr(planned.stage, "train", None)
@@ -253,9 +259,9 @@ class _Run:
     def _watch(self) -> None:
         for name, running in list(self.running.items()):
             self.terminal.follow(name, running.work / "events.jsonl")
-            if (waiting := self.terminal.waiting.get(name)) != self.state["stages"][name].get("waiting"):
+            if (waiting := self.terminal.waiting(name)) != self.state["stages"][name].get("waiting"):
                 self._set(name, waiting=waiting)
-            if running.checker is None and self.terminal.phase.get(name) in ("train", "model"):
+            if running.checker is None and self.terminal.phase(name) in ("train", "model"):
                 running.checker = Checker(self.folder.log(name))
             code = running.process.poll()
             if code is None:
@@ -302,7 +308,7 @@ class _Run:
         self.done.add(name)
         self._set(name, state="done", seconds=seconds)
         if self._judge(planned):
-            self.terminal.stage(name, planned.stage.kind, "done", seconds=seconds, metrics=manifest["metrics"])
+            self.terminal.stage(name, "done", seconds=seconds, metrics=manifest["metrics"])
         write_report(self.folder)
 
     def _fail(self, running: Running, cause: str) -> None:
@@ -313,7 +319,7 @@ class _Run:
         self.failed[name] = message
         push(log)
         self._set(name, state="failed", error=cause, seconds=round(time.time() - running.started, 2))
-        self.terminal.stage(name, running.planned.stage.kind, "failed")
+        self.terminal.stage(name, "failed")
 
     def _stop_all(self) -> None:
         for name, running in self.running.items():

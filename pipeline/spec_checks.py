@@ -14,7 +14,7 @@ from pipeline.spec import BASE, Head, Spec
 from pipeline.spec_messages import existing, message_of
 from pipeline.sweep import Expanded, expand, get, told
 from pipeline.training_checks import spec_problems
-from stages import KINDS, Init, Stage
+from stages import Init, Stage, kind_problem, own, stage_class
 from stages.data.hub import SCHEME
 from stages.data.records import RECORD_OF, Conversation, Labelled, Preference, Prompt, Text, Tokens
 from stages.data.source import DataSource, find_files, is_reference, resolve_formats
@@ -82,6 +82,7 @@ class _Checker:
         self.of_variants: list[tuple[tuple[Any, ...], str]] = []  # mistakes of variants, by their paths in `expanded`
 
     def build(self) -> Spec:
+        own.use(str(self.folder))
         if unsafe := list(credentials(self.raw)):
             for path in unsafe:
                 self._problem(path, "an address with credentials in it; keep them in the environment")
@@ -189,11 +190,11 @@ class _Checker:
             self._problem(path, "a stage is a mapping with at least `kind`")
             return None
         kind = raw.get("kind")
-        if not isinstance(kind, str) or kind not in KINDS:
-            what = "is missing" if kind is None else f"{kind!r} is not a kind of stage{nearest(str(kind), list(KINDS))}"
-            self._problem((*path, "kind") if kind is not None else path, f"kind {what}; kinds: {', '.join(KINDS)}")
+        cls = stage_class(kind)
+        if cls is None:
+            self._problem((*path, "kind") if kind is not None else path, str(kind_problem(kind)))
             return None
-        stage = self._validate(KINDS[kind], self._with_paths(raw), path)
+        stage = self._validate(cls, self._with_paths(raw), path)
         if isinstance(stage, Init):
             for key, message in config_problems(stage.config).items():
                 self._problem((*path, "config", key), message)
@@ -265,7 +266,7 @@ class _Checker:
     def _references(self, raw_stages: dict[str, Any]) -> None:
         graph: dict[str, list[str]] = {}
         for name, raw in raw_stages.items():
-            cls = KINDS.get(str(raw.get("kind"))) if isinstance(raw, dict) else None
+            cls = stage_class(raw.get("kind")) if isinstance(raw, dict) else None
             graph[name] = []
             if cls is not None and isinstance(raw.get("gates"), list):
                 self._gates(name, raw)
@@ -305,7 +306,7 @@ class _Checker:
             what = f"there is no stage {target!r}{nearest(target, [*raw_stages, *self.expanded.sweeps])}"
             self._problem(path, self.expanded.choice(ref) or what)
             return []
-        made = KINDS.get(str(raw_stages[target].get("kind"))) if isinstance(raw_stages[target], dict) else None
+        made = stage_class(raw_stages[target].get("kind")) if isinstance(raw_stages[target], dict) else None
         if made is not None and made.produces not in wanted:
             self._problem(path, f"{ref} makes a {made.produces}; wanted here: {' or '.join(wanted)}")
         return [target]
@@ -313,6 +314,9 @@ class _Checker:
     def _gates(self, name: str, raw: dict[str, Any]) -> None:
         models = [m for m in raw.get("models") or [] if isinstance(m, str)]
         for i, gate in enumerate(raw["gates"]):
+            check = gate.get("check") if isinstance(gate, dict) else None
+            if own.is_named(check) and (problem := own.problem(str(check))):
+                self._problem(("stages", name, "gates", i, "check"), problem)
             for field in ("of", "over"):
                 model = gate.get(field) if isinstance(gate, dict) else None
                 if isinstance(model, str) and model not in models:
@@ -369,6 +373,8 @@ class _Checker:
     def _made_format(self, source: DataSource) -> str | None:
         """The format of what a stage makes; None where the stage has mistakes, or makes no dataset. Of files: what is said."""
         made = self.stages.get(str(source.made_by))
+        if own.is_named(source.format):
+            return None  # known when there are rows
         return "messages" if source.messages else source.format or (made.makes if made is not None else None)
 
     def _elsewhere(self, path: str) -> bool:

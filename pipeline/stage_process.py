@@ -65,13 +65,15 @@ def main() -> None:
 
 def run(job: StageJob) -> dict[str, Any]:
     """Carry the stage out."""
-    from stages import KINDS
+    from stages import stage_class
 
     if job.ray_address is not None:
         from stages.training.launch import connect
 
-        connect(job.ray_address)
-    stage = KINDS[job.kind].model_validate(job.config)
+        connect(job.ray_address, job.context.local)
+    cls = stage_class(job.kind)
+    assert cls is not None, job.kind
+    stage = cls.model_validate(job.config)
     for artifact in (a for artifacts in job.context.inputs.values() for a in artifacts):
         pull_model(artifact.model)
     return stage.run(job.context).as_dict()

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import Spec
-from stages import Generate, Init
+from stages import Generate, Init, own
 from stages.base import workers_range
 from stages.data.tokenizer import WEIGHTS, check_model_folder, code_problem
 from stages.errors import DataError, Problem
 from stages.generate import engine_problem
+from stages.own import is_own
 from stages.rewards import is_function
 from stages.rl.stage import RLStage
-from stages.training import optimizers
 from stages.training.architecture import HUB_TIMEOUT, cached, length_limit, read_config
 from stages.training.arguments import library_defaults, optimizer_names
 from stages.training.deepspeed import clashes, deepspeed_config, zero_stage
 from stages.training.kernels import attention_problem, missing_libraries, optimizer_problem, precision_problem
-from stages.training.optimizers import is_own
 from stages.training.stage import TrainStage
 from stages.training.tuning import missing_library, tuning_problems
 
@@ -49,16 +48,16 @@ def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if isinstance(stage, TrainStage):
             _, most = workers_range(stage.workers or cluster.workers) or (None, None)
             config = model_config(spec, name)
-            for path, message in stage_problems(stage, workers=most, gpu=gpu, config=config, folder=spec.folder):
+            for path, message in stage_problems(stage, workers=most, gpu=gpu, config=config):
                 yield name, path, message
         if isinstance(stage, Generate | RLStage):
-            for path, message in _answering_problems(stage, model_config(spec, name), spec.folder):
+            for path, message in _answering_problems(stage, model_config(spec, name)):
                 yield name, path, message
 
 
-def _answering_problems(stage: Generate | RLStage, config: Mapping[str, Any] | None, folder: str) -> Found:
+def _answering_problems(stage: Generate | RLStage, config: Mapping[str, Any] | None) -> Found:
     for i, term in enumerate(stage.rewards):
-        if is_function(term.reward) and (problem := optimizers.problem(term.reward, folder)):
+        if is_function(term.reward) and (problem := own.problem(term.reward)):
             yield ("rewards", str(i)), problem
     limit = length_limit(config or {})
     if limit is not None and stage.max_new_tokens >= limit:
@@ -114,7 +113,7 @@ def _on_workers(plan: Plan, planned: PlannedStage, local: bool) -> Found:
     assert isinstance(stage, TrainStage)
     gpu = resources.gpus_per_worker > 0
     config = model_config(plan.spec, planned.name)
-    yield from stage_problems(stage, workers=resources.workers, gpu=gpu, config=config, folder=plan.spec.folder)
+    yield from stage_problems(stage, workers=resources.workers, gpu=gpu, config=config)
     if config is not None and stage.tuning.model_fields_set & {"target_modules", "modules_to_save"}:
         from stages.training.architecture import read_architecture  # imports torch: seconds
 
@@ -139,14 +138,13 @@ def _on_workers(plan: Plan, planned: PlannedStage, local: bool) -> Found:
 
 
 def stage_problems(
-    stage: TrainStage, *, workers: int | None, gpu: bool | None, config: Mapping[str, Any] | None, folder: str
+    stage: TrainStage, *, workers: int | None, gpu: bool | None, config: Mapping[str, Any] | None
 ) -> Found:
     """Settings of a stage that contradict each other, the model or the workers.
 
     Args:
         workers, gpu: how many workers there will be and whether they have GPUs; None where it is not known yet.
         config: of the model, as in its config.json; None where it is not known yet.
-        folder: of the spec.
     """
     given = stage.train.given()
     train = with_defaults(stage, gpu)
@@ -160,7 +158,7 @@ def stage_problems(
         yield ("attention",), problem
     if problem := precision_problem(given, gpu=gpu, bf16_there=None):
         yield ("train", "fp16"), problem
-    yield from _own(given, folder)
+    yield from _own(given)
     optimizer = given.get("optim")
     if optimizer is not None and not is_own(optimizer) and (
         problem := optimizer_problem(optimizer, optimizer_names(), gpu=gpu)
@@ -191,14 +189,14 @@ def with_defaults(stage: TrainStage, gpu: bool | None) -> dict[str, Any]:
     return train
 
 
-def _own(given: Mapping[str, Any], folder: str) -> Found:
+def _own(given: Mapping[str, Any]) -> Found:
     """Of optimizers and schedules of the user's."""
     for field in ("optim", "lr_scheduler_type"):
-        if is_own(given.get(field)) and (problem := optimizers.problem(given[field], folder)):
+        if is_own(given.get(field)) and (problem := own.problem(given[field])):
             yield ("train", field), problem
     if is_own(given.get("optim")):
         try:
-            optimizers.options(given.get("optim_args"))
+            own.options(given.get("optim_args"))
         except ValueError as error:
             yield ("train", "optim_args"), str(error)
 

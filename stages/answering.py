@@ -111,9 +111,9 @@ def as_answer(ids: list[int], stopped: bool, tokenizer: Any) -> dict[str, Any]:
 class Judge:
     """Writes the scores of a chunk's answers: of each that can be used a list, one for every term; of the others None."""
 
-    def __init__(self, terms: list[Scorer], samples: Path, folder: Path, code: str | None, batch_size: int) -> None:
+    def __init__(self, terms: list[Scorer], samples: Path, folder: Path, batch_size: int) -> None:
         self.samples, self.folder = samples, folder
-        self.scoring = Scoring(terms, batch_size, code)
+        self.scoring = Scoring(terms, batch_size)
 
     def __call__(self, chunk: Chunk) -> None:
         sampled = read_chunk(self.samples, chunk)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ArtifactKind = Literal["model", "reward model", "dataset", "metrics"]
 
@@ -160,7 +160,6 @@ class StageContext:
     seed: int = 0
     resources: Resources = field(default_factory=Resources)
     chat_template: str | None = None  # the spec's own, where it overrides the model's
-    code: str | None = None  # a folder where modules of the user's are looked for, besides the environment: the spec's
     local: bool = True  # this machine only: one CPU worker trains in the stage's own process
 
     @property
@@ -210,6 +209,14 @@ class Stage(Config, ABC):
     instead: ClassVar[Mapping[str, str]] = {}
     # raised when a change of code changes what the same config makes: part of the fingerprint
     version: ClassVar[int] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_of_own(cls, data: Any) -> Any:
+        """A user's own class is found by its module and name."""
+        if isinstance(data, dict) and "kind" not in data and cls.model_fields["kind"].is_required():
+            return data | {"kind": f"{cls.__module__}:{cls.__name__}"}
+        return data
 
     def references(self) -> dict[str, list[str]]:
         """Field -> the models it names, as written (`stages.NAME`, a folder or a hub id)."""

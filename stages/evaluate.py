@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from stages import own
 from stages.base import Artifact, ArtifactKind, Config, Share, Stage, StageContext, StageResult
 from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
@@ -46,20 +47,38 @@ LESS_STOPPED = 0.05  # share of answers that no longer end by themselves: worth 
 
 
 class Gate(Config):
-    """A metric that must hold, or the run fails: `metric` of one model, alone or over another's."""
+    """What must hold, or the run fails: `metric` of one model, alone or over another's, or a `check` of the user's."""
 
-    metric: Literal[
-        "loss", "exact_match", "stopped", "answer_tokens", "kl", "preference_accuracy", "margin", "calibration_error",
-        "length_correlation",
-    ]  # fmt: skip
-    of: str = Field(description="stages.NAME, one of `models`.")
+    metric: (
+        Literal[
+            "loss", "exact_match", "stopped", "answer_tokens", "kl", "preference_accuracy", "margin", "calibration_error",
+            "length_correlation",
+        ]
+        | None
+    ) = None  # fmt: skip
+    check: str | None = Field(
+        default=None,
+        description="A function of yours, module:name: check(metrics, samples) gets {model: {metric: value}} and the "
+        "report's samples, and returns None where all is well, else a sentence that says what is not.",
+    )
+    of: str | None = Field(default=None, description="stages.NAME, one of `models`.")
     over: str | None = Field(default=None, description="Compare with this model: the difference is what must hold.")
     at_least: float | None = None
     at_most: float | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
-        if self.at_least is None and self.at_most is None:
+        bounds = [name for name in ("of", "over", "at_least", "at_most") if getattr(self, name) is not None]
+        if (self.metric is None) == (self.check is None):
+            raise ValueError("a gate has either a metric or a check")
+        if self.check is not None:
+            if not own.is_named(self.check):
+                raise ValueError(f"check: write a function as module:name (got {self.check!r})")
+            if bounds:
+                raise ValueError(f"a check decides by itself; leave {', '.join(bounds)} out")
+        elif self.of is None:
+            raise ValueError("a gate's metric is `of` one of `models`: stages.NAME")
+        elif self.at_least is None and self.at_most is None:
             raise ValueError("a gate needs at_least or at_most")
         return self
 
@@ -144,8 +163,14 @@ class Evaluate(Stage):
         return StageResult(metrics, rows=rows, details={"samples": side_by_side, "evaluation_warnings": warnings})
 
 
-def check_gate(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Whether a gate holds, and the sentence that says so. A metric that a model has not got does not hold."""
+def check_gate(gate: Gate, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether a gate holds, and the sentence that says so. A metric that a model has not got does not hold.
+
+    Raises:
+        StageError: the user's function raised, or returned what is no answer.
+    """
+    if gate.check is not None:
+        return _check(gate.check, metrics, samples)
     names = [name.removeprefix("stages.") for name in (gate.of, gate.over) if name]
     what = f"{gate.metric} of {names[0]}" + (f" over {names[1]}" if len(names) > 1 else "")
     bounds = [
@@ -160,6 +185,19 @@ def check_gate(gate: Gate, metrics: dict[str, Any]) -> dict[str, Any]:
     holds = (gate.at_least is None or value >= gate.at_least) and (gate.at_most is None or value <= gate.at_most)
     says = f"{what} is {value:.4g}, wanted {' and '.join(bounds)}"
     return {"metric": gate.metric, "holds": holds, "value": value, "says": says}
+
+
+def _check(name: str, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    function = own.load_for("gate", name)
+    try:
+        said = function(metrics=metrics, samples=samples)
+    except Exception as error:  # whatever a function of the user's raises
+        raise StageError(f"gate {name} raised {own.raised(error)}") from error
+    if said is not None and not isinstance(said, str):
+        raise StageError(
+            f"gate {name} returned a {type(said).__name__}; wanted is None, or a sentence that says what is wrong"
+        )
+    return {"metric": name, "holds": said is None, "value": None, "says": f"{name}: {said or 'holds'}"}
 
 
 def evaluate_on_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Generate(Stage):
     def run(self, ctx: StageContext) -> StageResult:
         quiet_ray()
         policy, terms = ctx.input(), scorers(self.rewards, ctx.inputs.get("rewards", []))
-        check(terms, policy, ctx.chat_template, ctx.code)
+        check(terms, policy, ctx.chat_template)
         engine = choose_engine(self.engine, gpu=ctx.resources.gpus_per_worker > 0)
         ctx.report.phase("prepare")
         data = self._prompts(ctx)
@@ -220,7 +220,7 @@ class Generate(Stage):
         left = left_of(folder, chunks)
         models = [term.model for term in terms if term.model is not None]
         little = not models or is_little(models, left, self.samples * length)
-        how = {"terms": terms, "samples": samples, "folder": folder, "code": ctx.code}
+        how = {"terms": terms, "samples": samples, "folder": folder}
         run_pool(
             Judge,
             how | {"batch_size": self.batch_size},

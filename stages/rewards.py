@@ -19,8 +19,6 @@ several of them, none of which sees all answers.
 from __future__ import annotations
 
 import math
-import re
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,9 +33,8 @@ from stages.data.messages import Message
 from stages.data.tokenise import load_tokenizer_json, tokenizer_spec
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import DataError, StageError
-from stages.training.optimizers import load
+from stages.own import is_named, load_for, raised
 
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 RESERVED = ("prompts", "completions", "completion_ids", "expected")
 SHOWN = 80  # characters of an answer in a message
 
@@ -70,7 +67,7 @@ Reward = Annotated[RewardTerm, BeforeValidator(_named, json_schema_input_type=st
 
 def is_function(reward: str) -> bool:
     """Whether a reward names a Python function rather than a model."""
-    return FUNCTION.fullmatch(reward) is not None
+    return is_named(reward)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def _of_model(term: RewardTerm, artifact: Artifact) -> Scorer:
 # ------------------------------------------------------------------------------------------------ before anything is sampled
 
 
-def check(scorers: Sequence[Scorer], policy: Artifact, chat_template: str | None, code: str | None) -> None:
+def check(scorers: Sequence[Scorer], policy: Artifact, chat_template: str | None) -> None:
     """Every function can be imported, and every reward model reads the policy's text as the policy does.
 
     Raises:
@@ -139,7 +136,7 @@ def check(scorers: Sequence[Scorer], policy: Artifact, chat_template: str | None
     tokenizer = load_tokenizer(policy.model, chat_template)
     for scorer in scorers:
         if scorer.function is not None:
-            load_function(scorer.function, code)
+            load_for("rewards", scorer.function)
             continue
         assert scorer.model is not None
         _check_scores(scorer)
@@ -174,23 +171,6 @@ def difference(policy: Any, reward: Any) -> str | None:
     return "chat template" if ours.chat_template != theirs.chat_template else None
 
 
-def load_function(path: str, code: str | None) -> Callable[..., Any]:
-    """The function that `module:name` stands for, looked for in the environment and in the folder `code`.
-
-    Raises:
-        StageError: it cannot be imported.
-    """
-    if code is not None and code not in sys.path:
-        sys.path.append(code)
-    try:
-        return load(path)
-    except ValueError as error:
-        raise StageError(f"rewards: {error}") from error
-    except Exception as error:  # whatever a module of the user's raises when it is imported
-        traceback.print_exc()
-        raise StageError(f"rewards: {path}: its module cannot be imported: {_said(error)}") from error
-
-
 # ------------------------------------------------------------------------------------------------ scoring
 
 
@@ -199,12 +179,11 @@ class Scoring:
 
     Args:
         batch_size: answers that a reward model scores together.
-        code: a folder where functions are looked for.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], batch_size: int, code: str | None) -> None:
+    def __init__(self, scorers: Sequence[Scorer], batch_size: int) -> None:
         self.terms: list[Callable[[Sequence[Answered]], list[float]]] = [
-            _FunctionReward(scorer.function, code) if scorer.function is not None else _ModelReward(scorer, batch_size)
+            _FunctionReward(scorer.function) if scorer.function is not None else _ModelReward(scorer, batch_size)
             for scorer in scorers
         ]
 
@@ -236,8 +215,8 @@ class _ModelReward:
 
 
 class _FunctionReward:
-    def __init__(self, path: str, code: str | None) -> None:
-        self.path, self.function = path, load_function(path, code)
+    def __init__(self, path: str) -> None:
+        self.path, self.function = path, load_for("rewards", path)
 
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
         return call_function(self.function, self.path, answers)
@@ -261,7 +240,7 @@ def call_function(function: Callable[..., Any], name: str, answers: Sequence[Ans
     except Exception as error:  # whatever a function of the user's raises
         traceback.print_exc()
         rows = f"{_place(answers[0])} to {_place(answers[-1])}"
-        raise StageError(f"rewards: {name} raised {_said(error)}, for {len(answers)} answers, {rows}") from error
+        raise StageError(f"rewards: {name} raised {raised(error)}, for {len(answers)} answers, {rows}") from error
     try:
         values = list(given)
     except TypeError:
@@ -278,10 +257,6 @@ def _number(value: Any, name: str, answer: Answered) -> float:
     if not isinstance(item, Real) or not math.isfinite(item):
         raise StageError(f"rewards: {name} gave {_seen(item)} for {_where(answer)}; wanted is a number")
     return float(item)
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _seen(value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from stages import own
 from stages.training.launch import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)
@@ -25,6 +26,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "160"
+
+# Modules that specs of tests name: Ray's processes, which the tests share, are told where to look when they are started.
+CODE = Path(tempfile.mkdtemp(prefix="pytest-code-"))
+atexit.register(shutil.rmtree, CODE, ignore_errors=True)
+own.use(str(CODE))
 
 # The same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)  # a shared machine may be slow
@@ -95,6 +101,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 def _own_modules() -> Iterator[None]:
     """Modules that a test wrote beside its spec are gone after it: the next one's may have the same name."""
     path, modules = list(sys.path), set(sys.modules)
+    own.use(str(CODE))
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:

@@ -97,7 +97,7 @@ def test_gates_know_the_metrics_of_preference_tuning() -> None:
         ({"metric": "calibration_error", "of": "stages.reward", "at_most": 0.2}, True),
         ({"metric": "length_correlation", "of": "stages.reward", "at_most": 0.2}, False),
     ):
-        assert check_gate(Gate.model_validate(gate), metrics)["holds"] is holds
+        assert check_gate(Gate.model_validate(gate), metrics, [])["holds"] is holds
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from stages.errors import StageError
+from stages.own import is_own, load, options, problem
 from stages.training.answers import answer_collator
 from stages.training.guard import Guard, rows_of
 from stages.training.launch import first_cause
-from stages.training.optimizers import is_own, load, options, problem
 
 BATCH = {
     "input_ids": torch.tensor([[5, 6, 7, 0]]),
@@ -96,7 +96,7 @@ def test_own_optimizers_are_told_from_the_trainers() -> None:
     assert is_own("torch.optim:SGD") and is_own("torch.optim.SGD") and not is_own("adamw_torch") and not is_own(None)
     assert load("torch.optim:SGD") is load("torch.optim.SGD") is torch.optim.SGD
     assert options("betas=(0.9, 0.95), fused=True, mode='x'") == {"betas": (0.9, 0.95), "fused": True, "mode": "x"}
-    assert problem("torch.optim:SGD", ".") is None and "no module 'nowhere'" in str(problem("nowhere.at:all", "."))
+    assert problem("torch.optim:SGD") is None and "no module 'nowhere'" in str(problem("nowhere.at:all"))
     for bad in ("a=b", "1, 2", "a=", "momentum"):
         with pytest.raises(ValueError, match="wanted are keyword arguments"):
             options(bad)

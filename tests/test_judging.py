@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from stages.rewards import Answered, Scorer
 from stages.rl.engines import TransformersEngine, gathered
 from stages.rl.judging import Judge, JudgeOptions, fits
 from stages.sampling import sample
+
+from .conftest import CODE
 
 FUNCTIONS = """
 def length(completion_ids, **_):
@@ -49,16 +50,20 @@ def answered(count: int, vocabulary: int = 300) -> list[Answered]:
     return out
 
 
-def functions(folder: Path) -> str:
-    (folder / "judging_in_a_test.py").write_text(FUNCTIONS)
-    return str(folder)
+def write_functions() -> None:
+    (CODE / "judging_in_a_test.py").write_text(FUNCTIONS)
 
 
-def options(model: str, code: str, **changed: Any) -> JudgeOptions:
+@pytest.fixture(scope="module", autouse=True)
+def _rewards() -> None:
+    write_functions()
+
+
+def options(model: str, **changed: Any) -> JudgeOptions:
     terms = [
         Scorer(f"judging_in_a_test:{name}", 1.0, function=f"judging_in_a_test:{name}") for name in ("length", "level")
     ]
-    plain = JudgeOptions(terms, model, 1.0, 4, code, {"dtype": "float32", "attn_implementation": "sdpa"})
+    plain = JudgeOptions(terms, model, 1.0, 4, {"dtype": "float32", "attn_implementation": "sdpa"})
     return replace(plain, **changed)
 
 
@@ -75,13 +80,13 @@ def by_hand(model: str, answer: Answered, temperature: float) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # the first is switched to attention by documents
 def test_log_probabilities_of_the_reference_are_those_of_its_tokens(
-    model: str, tmp_path: Path, temperature: float, attention: str
+    model: str, temperature: float, attention: str
 ) -> None:
-    rows, code = answered(11), functions(tmp_path)
+    rows = answered(11)
     wanted = [by_hand(model, row, temperature) for row in rows]
     for size in (1, 4, 64):
         load = {"dtype": "float32", "attn_implementation": attention}
-        judge = Judge(options(model, code, temperature=temperature, batch_size=size, load_options=load), "cpu")
+        judge = Judge(options(model, temperature=temperature, batch_size=size, load_options=load), "cpu")
         assert judge.reference is not None
         assert judge.reference.layout == ("shared" if attention == "sdpa" else "padded")
         judged = judge.submit(rows)()
@@ -91,22 +96,22 @@ def test_log_probabilities_of_the_reference_are_those_of_its_tokens(
             np.testing.assert_allclose(one.ref_logps, right, atol=1e-5)
 
 
-def test_no_reference_is_loaded_where_none_is_named(model: str, tmp_path: Path) -> None:
-    judge = Judge(options(model, functions(tmp_path), reference=None))
+def test_no_reference_is_loaded_where_none_is_named(model: str) -> None:
+    judge = Judge(options(model, reference=None))
     assert judge.reference is None and [one.ref_logps for one in judge.submit(answered(3))()] == [None] * 3
     assert judge.submit([])() == []
 
 
-def test_a_reward_that_is_no_number_is_told_with_its_row(model: str, tmp_path: Path) -> None:
+def test_a_reward_that_is_no_number_is_told_with_its_row(model: str) -> None:
     terms = [Scorer("it", 1.0, function="judging_in_a_test:not_nine")]
-    judge = Judge(options(model, functions(tmp_path), scorers=terms))
+    judge = Judge(options(model, scorers=terms))
     with pytest.raises(StageError, match=r"not_nine gave nan for prompts.jsonl, row 7 \(the answer 'answer 7'\)"):
         judge.submit(answered(11))()
 
 
-def test_models_are_loaded_whole_in_a_worker_that_trains_under_zero_3(model: str, tmp_path: Path) -> None:
+def test_models_are_loaded_whole_in_a_worker_that_trains_under_zero_3(model: str) -> None:
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
-    judge = Judge(options(model, functions(tmp_path)), "cpu")
+    judge = Judge(options(model), "cpu")
     assert is_deepspeed_zero3_enabled() and config.is_zero3()
     assert judge.reference is not None and not hasattr(next(judge.reference.model.parameters()), "ds_id")
 

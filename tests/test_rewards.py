@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from stages import Generate
 from stages.base import Artifact
 from stages.errors import StageError
-from stages.rewards import Answered, RewardTerm, call_function, is_function, load_function, scorers
+from stages.own import load_for, use
+from stages.rewards import Answered, RewardTerm, call_function, is_function, scorers
 
 
 def answered(row: int, answer: str, **columns: Any) -> Answered:
@@ -77,9 +78,10 @@ def test_a_function_that_raises_is_named(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_functions_are_found_beside_the_spec(tmp_path: Path) -> None:
+    use(str(tmp_path))
     (tmp_path / "rewards_of_a_test.py").write_text("def f(**_): return [1.0]\nx = 3\n")
     (tmp_path / "broken_in_a_test.py").write_text("1 / 0\n")
-    assert load_function("rewards_of_a_test:f", str(tmp_path))() == [1.0]
+    assert load_for("rewards", "rewards_of_a_test:f")() == [1.0]
     for path, says in (
         ("rewards_of_a_test:g", "has no 'g'"),
         ("rewards_of_a_test:x", "wanted is a class or function"),
@@ -87,7 +89,7 @@ def test_functions_are_found_beside_the_spec(tmp_path: Path) -> None:
         ("broken_in_a_test:f", "cannot be imported: ZeroDivisionError"),
     ):
         with pytest.raises(StageError, match=says):
-            load_function(path, str(tmp_path))
+            load_for("rewards", path)
 
 
 def test_what_is_a_function_and_what_a_model() -> None:

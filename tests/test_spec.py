@@ -95,7 +95,7 @@ def test_every_mistake_is_told_at_once(spec: Path, data: Path) -> None:
         "stages.sft.train.warmup_steps": (7, "should be a valid number, not 'many'"),
         "stages.reward.model": (8, "there is no stage 'sfd'; did you mean sft?"),
         "stages.dpo.tuning.rr": (9, "unknown key; did you mean r?"),
-        "stages.eval.kind": (10, "kind 'evaluat' is not a kind of stage; did you mean evaluate?; kinds: init, sft, reward, dpo, kto, ppo, grpo, rloo, generate, evaluate"),
+        "stages.eval.kind": (10, "kind 'evaluat' is not a kind of stage; did you mean evaluate?; kinds: init, sft, reward, dpo, kto, ppo, grpo, rloo, generate, evaluate, or a class of yours as module:Class"),
         "storag": (11, "unknown key; did you mean storage?"),
     }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_what_is_told_of_reinforcement_learning(tmp_path: Path) -> None:
     assert "eval reward 0.250" in text and "…" not in text
 
 
-def test_the_live_line_shows_what_is_learned(tmp_path: Path) -> None:
+def test_the_lines_of_a_log_show_what_is_learned(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     events.write_text(
         json.dumps({"phase": "train", "steps": 8})
@@ -142,12 +143,51 @@ def test_the_live_line_shows_what_is_learned(tmp_path: Path) -> None:
     )
     told = io.StringIO()
     terminal = Terminal(console=Console(file=told, width=80))
-    terminal.stage("ppo", "ppo", "running")
-    terminal.told["ppo"] = -1e9
+    terminal.plan([("ppo", "ppo", [])])
+    terminal.stage("ppo", "running")
+    terminal.lines["ppo"].told = -1e9
     terminal.follow("ppo", events)
-    terminal.told["ppo"] = -1e9
+    terminal.lines["ppo"].told = -1e9
     terminal._event("ppo", {"done": 8, "total": 8, "unit": "step", "loss": 0.5})
     assert "train 8/8 steps  loss 0.500" in told.getvalue()
-    terminal.told["ppo"] = -1e9
+    terminal.lines["ppo"].told = -1e9
     terminal._event("ppo", {"done": 4, "total": 8, "unit": "step", "reward": 0.5, "kl": 1.25})
     assert "train 4/8 steps  reward 0.500  kl 1.250" in told.getvalue()
+
+
+def test_a_terminal_shows_every_stage_where_it_stands() -> None:
+    drawn = io.StringIO()
+    terminal = Terminal(console=Console(file=drawn, width=120, height=30, force_terminal=True))
+    terminal.plan(
+        [("base", "init", []), ("sft", "sft", ["base"]), ("dpo", "dpo", ["sft"]), ("eval", "evaluate", ["sft", "dpo"])]
+    )
+    terminal.stage("base", "cached")
+    terminal.stage("sft", "running")
+    terminal._event("sft", {"phase": "train"})
+    begun = time.time() - 10
+    terminal._event("sft", {"time": begun, "done": 100, "total": 400, "unit": "step", "loss": 2.0})
+    terminal._event("sft", {"time": begun + 10, "done": 200, "total": 400, "unit": "step", "loss": 1.5})
+    terminal._event("sft", {"waiting": None})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(terminal._tree())
+    text = console.export_text()
+    assert [line.split()[1] for line in text.splitlines()] == ["base", "sft", "dpo", "eval"]
+    assert "train  200/400 steps  10 steps/s, 0:20 left  loss 1.500" in text and "after sft, dpo" in text
+    terminal._event("sft", {"waiting": "4 GPU: have 0", "seconds": 3, "limit": 60})
+    assert terminal.waiting("sft") == "waiting for 4 GPU: have 0; 3 s of 60"
+    terminal.stage("sft", "done", seconds=12.3, metrics={"loss": 1.5})
+    console.print(terminal._tree())
+    assert "12.3 s" in console.export_text() and drawn.getvalue() == ""  # no lines beside the tree
+
+
+def test_more_stages_than_the_terminal_has_lines() -> None:
+    terminal = Terminal(console=Console(file=io.StringIO(), width=100, height=10, force_terminal=True))
+    names = [f"variant-{i}" for i in range(20)]
+    terminal.plan([(name, "dpo", []) for name in names])
+    for name in names[:9]:
+        terminal.stage(name, "done", seconds=1)
+    terminal.stage("variant-12", "running")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal._tree())
+    text = console.export_text()
+    assert "variant-12" in text and "and 13 more: 3 done, 10 waiting" in text and len(text.splitlines()) == 8

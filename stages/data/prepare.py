@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from stages import own
 from stages.cluster import data_cpus, data_resources, on_cluster
 from stages.data import ledger
 from stages.data.chat import IGNORE, no_collection
@@ -99,7 +100,9 @@ def sources_key(sources: Sequence[DataSource]) -> list[dict[str, Any]]:
 
 def options_key(source: DataSource) -> dict[str, Any]:
     """What a source's options make of its rows."""
-    return source.model_dump(mode="json", exclude={"path", "format", "split", "name", "revision"}, exclude_none=True)
+    options = source.model_dump(mode="json", exclude={"path", "format", "split", "name", "revision"}, exclude_none=True)
+    mine = source.format if own.is_named(source.format) else None
+    return options | ({"function": [mine, own.key(mine)]} if mine else {})
 
 
 def prepare(

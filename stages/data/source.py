@@ -6,11 +6,12 @@ files are cut and read is in chunks.py, what rows become is in records.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from stages import own
 from stages.base import Config, Share
 from stages.data import files, hub
 from stages.data.chunks import BadRow, Chunk, chunks, parquet_rows, read_chunk, read_file
@@ -18,7 +19,7 @@ from stages.data.files import DataFile
 from stages.data.messages import Rejected
 from stages.data.records import FORMATS, detect_format, rename
 from stages.data.turns import Turn, check_filter, keep, templated
-from stages.errors import DataError
+from stages.errors import DataError, StageError
 
 __all__ = [
     "BadRow", "Chunk", "DataFile", "DataSource", "Turn", "chunks", "content_hash", "count_rows", "find_files", "first_row",
@@ -36,7 +37,9 @@ class DataSource(Config):
         "hf://org/name, hf://folder: a dataset of the hub or in a folder; or stages.NAME: what a stage makes."
     )
     format: str | None = Field(
-        default=None, description=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}; found from the first row if absent."
+        default=None,
+        description=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, found from the first row if absent; or a function of yours, "
+        "module:name, that makes a row of one of these from a row of the file.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames columns, new name first: {prompt: question, completion: answer}."
@@ -76,6 +79,8 @@ class DataSource(Config):
             raise ValueError(f"{', '.join(given)}: only for hf:// datasets, {self.path} is read as files")
         if self.messages is not None and self.format not in (None, "messages"):
             raise ValueError(f"`messages` makes rows of the format messages, not {self.format}; leave `format` out")
+        if own.is_named(self.format) and self.columns:
+            raise ValueError(f"{self.format} gets the rows as they are in the file; leave `columns` out")
         return self
 
 
@@ -127,27 +132,50 @@ def _count(file: DataFile) -> int:
 
 
 def shaped(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
-    """A row after the source's `columns`, `filter` and `messages`, ready to be normalised.
+    """A row after the source's `columns`, `filter` and `messages`, or the user's own function, ready to be normalised.
 
     Raises:
-        Rejected: filtered, filter_error, missing_field or template_error.
+        Rejected: filtered, filter_error, missing_field, template_error or format_error.
     """
     row = rename(row, source.columns)
     if source.filter is not None and not keep(row, source.filter):
         raise Rejected("filtered", source.filter)
+    if own.is_named(source.format):
+        return _by_function(row, str(source.format))
     return row if source.messages is None else templated(row, source.messages)
+
+
+def _by_function(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the user's function makes of a row; None of it leaves the row out."""
+    function = own.load_for("format", name)
+    try:
+        made = function(row)
+    except Exception as error:  # whatever a function of the user's raises
+        raise Rejected("format_error", f"{name} raised {own.raised(error)}") from error
+    if made is None:
+        raise Rejected("filtered", name)
+    if not isinstance(made, dict):
+        raise Rejected("format_error", f"{name} returned a {type(made).__name__}; wanted is a row, a dict")
+    return made
 
 
 def first_row(file: DataFile) -> dict[str, Any] | BadRow | None:
     """The first readable row of a file, for detecting its format; a `BadRow` where its first rows cannot be read."""
+    return next(iter(_first_rows(file)), None)
+
+
+def _first_rows(file: DataFile) -> Iterator[dict[str, Any] | BadRow]:
+    """The readable rows among the first of a file; a single `BadRow` where there is none."""
     bad: BadRow | None = None
     for number, row in read_file(file):
         if isinstance(row, dict):
-            return row
-        bad = bad or row
+            yield row
+        else:
+            bad = bad or row
         if number > LOOKED_AT:
             break
-    return bad
+    if bad is not None:
+        yield bad
 
 
 def resolve_formats(sources: Sequence[DataSource]) -> list[str]:
@@ -160,30 +188,50 @@ def resolve_formats(sources: Sequence[DataSource]) -> list[str]:
 
 
 def _format_of(source: DataSource) -> str:
-    if source.format is not None and source.format not in FORMATS:
-        raise DataError(f"{source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}")
+    mine = own.is_named(source.format)
+    if source.format is not None and source.format not in FORMATS and not mine:
+        known = f"known: {', '.join(FORMATS)}, or a function of yours as module:name"
+        raise DataError(f"{source.path}: unknown format {source.format!r}; {known}")
     why = ""
     for file in find_files(source):
-        row = first_row(file)
-        if not isinstance(row, dict):
-            why = why or (f": {file.path}: {row.reason}: {row.detail}" if row else "")
-            continue
-        absent = [old for old in source.columns.values() if old not in row]
-        if absent:
-            raise DataError(f"{file.path}: `columns` names {', '.join(absent)}, but rows have {', '.join(row)}")
-        try:
-            shaped(row, source)
-        except Rejected as error:
-            if (
-                error.reason != "filtered"
-            ):  # the options are wrong, or the first row is: rather told than trained without
-                raise DataError(f"{file.path}: {error}, in its first row, which has {', '.join(row)}") from error
-        renamed = rename(row, source.columns)
-        if found := "messages" if source.messages else source.format or detect_format(renamed):
-            return found
-        raise DataError(
-            f"{file.path}: rows have the columns {', '.join(renamed)}, which is none of the formats "
-            f"{', '.join(FORMATS)}; rename them with `columns: {{prompt: ..., completion: ...}}`, make `messages` of them "
-            f"or name the `format`"
-        )
+        for row in _first_rows(file):
+            if not isinstance(row, dict):
+                why = why or f": {file.path}: {row.reason}: {row.detail}"
+                break
+            made = _tried(row, source, file)
+            if made is None and mine:
+                why = why or f": {source.format} leaves out the first rows of {file.path}"
+                continue  # only what the function makes has a format
+            looked_at = made if mine and made is not None else rename(row, source.columns)
+            given = "messages" if source.messages else None if mine else source.format
+            if found := given or detect_format(looked_at):
+                return found
+            hint = (
+                f"{source.format} is to make rows of one of them"
+                if mine
+                else "rename them with `columns: {prompt: ..., completion: ...}`, make `messages` of them or name the `format`"
+            )
+            known = ", ".join(FORMATS)
+            raise DataError(
+                f"{file.path}: rows have the columns {', '.join(looked_at)}, which is none of the formats {known}; {hint}"
+            )
     raise DataError(f"{source.path}: no row can be read, so the format is unknown{why}")
+
+
+def _tried(row: dict[str, Any], source: DataSource, file: DataFile) -> dict[str, Any] | None:
+    """A first row as the source's options make it; None where they leave it out.
+
+    Raises:
+        DataError: the options are wrong, or the row is: rather told than trained without.
+    """
+    absent = [old for old in source.columns.values() if old not in row]
+    if absent:
+        raise DataError(f"{file.path}: `columns` names {', '.join(absent)}, but rows have {', '.join(row)}")
+    try:
+        return shaped(row, source)
+    except Rejected as error:
+        if error.reason == "filtered":
+            return None
+        raise DataError(f"{file.path}: {error}, in its first row, which has {', '.join(row)}") from error
+    except StageError as error:
+        raise DataError(f"{source.path}: {error}") from error

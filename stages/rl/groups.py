@@ -486,7 +486,7 @@ def group_trainer(parts: TrainerParts, trainer: Any, config: Any, **fixed: Any) 
         job.arguments.get("per_device_train_batch_size")
         or library_defaults(config.__name__)["per_device_train_batch_size"]
     )
-    scoring = Scoring(answers.judges, batch_size, job.code)
+    scoring = Scoring(answers.judges, batch_size)
     if answers.vllm:
         stops = {"stop_token_ids": job.stop_ids} if job.stop_ids else {}
         fixed |= {

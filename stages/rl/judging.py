@@ -51,7 +51,6 @@ class JudgeOptions:
         reference: a model folder or hub id; None where it is had already (an adapter switched off), or not wanted.
         temperature: log-probabilities are those of logits / temperature, as answers are drawn.
         batch_size: answers that go through a model together, and to an actor at a time.
-        code: a folder where functions are looked for.
         load_options: for `from_pretrained` of the reference (dtype, attn_implementation).
     """
 
@@ -59,7 +58,6 @@ class JudgeOptions:
     reference: str | None
     temperature: float
     batch_size: int
-    code: str | None
     load_options: dict[str, Any]
 
 
@@ -75,7 +73,7 @@ class Judge:
 
     def __init__(self, options: JudgeOptions, device: Any = None) -> None:
         with whole_weights():
-            self.scoring = Scoring(options.scorers, options.batch_size, options.code)
+            self.scoring = Scoring(options.scorers, options.batch_size)
             self.reference = None if options.reference is None else _Reference(options, device)
 
     def submit(self, answers: Sequence[Answered]) -> Result:

@@ -70,7 +70,6 @@ class PPOOptions:
             reference=job.model if separate else None,
             temperature=self.temperature,
             batch_size=job.arguments.get("per_device_train_batch_size", 8),
-            code=job.code,
             load_options=load_options,
         )
 

@@ -117,5 +117,5 @@ class RLStage(TrainStage):
             StageError: a function cannot be imported, or a reward model reads text in another way than the policy.
         """
         terms = scorers(self.rewards, ctx.inputs.get("rewards", []))
-        check(terms, ctx.input(), ctx.chat_template, ctx.code)
+        check(terms, ctx.input(), ctx.chat_template)
         return terms

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.training import optimizers
+from stages import own
 from stages.training.evaluation import evaluate_held_out
 from stages.training.feed import Feed, FeedLoader, Shares
 from stages.training.guard import Guard
@@ -249,17 +249,17 @@ class Fed(Checkpoints):
 
     def create_optimizer(self, model: Any = None) -> Any:
         name = self.job.arguments.get("optim", "")
-        if optimizers.is_own(name):
-            given = {"lr": self.args.learning_rate} | optimizers.options(self.args.optim_args)
-            self.optimizer_cls_and_kwargs = (optimizers.load(name), given)
+        if own.is_own(name):
+            given = {"lr": self.args.learning_rate} | own.options(self.args.optim_args)
+            self.optimizer_cls_and_kwargs = (own.load(name), given)
         return super().create_optimizer(model)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         name = self.job.arguments.get("lr_scheduler_type", "")
-        if not optimizers.is_own(name):
+        if not own.is_own(name):
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         if getattr(self, "lr_scheduler", None) is None:
-            self.lr_scheduler = optimizers.load(name)(
+            self.lr_scheduler = own.load(name)(
                 self.optimizer if optimizer is None else optimizer,
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=num_training_steps,

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stages.own import is_own
 from stages.training.answers import Layout, best_layout
 from stages.training.checkpoint import Saved
 from stages.training.feed import Group, Row
 from stages.training.kernels import Attention, Kernels, worker_kernels
-from stages.training.optimizers import is_own
 from stages.training.tuning import quantization_config
 
 PLACEHOLDERS: dict[str, Row] = {
@@ -56,7 +56,6 @@ class TrainJob:
     resume: Saved | None = None  # the checkpoint to go on from
     rows_per_step: int | None = None  # where it does not follow from workers, batch size and accumulation
     early_stopping: dict[str, Any] | None = None  # patience and threshold
-    code: str | None = None  # a folder where modules of the user's are looked for
     options: dict[str, Any] = field(default_factory=dict)  # what one kind of stage tells its own `build`
 
     @property

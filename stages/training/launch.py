@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages import telemetry
+from stages import own, telemetry
 from stages.base import Reporter, Resources
 from stages.capacity import Need
 from stages.cluster import wait_for_room
@@ -62,11 +62,12 @@ def quiet_ray() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 
-def connect(address: str) -> None:
+def connect(address: str, local: bool) -> None:
     """Join the cluster, and have a worker process started and its imports done while the stage does its own."""
     import ray
 
-    told = {"env_vars": environment()} if environment() else None
+    env = environment() | ({} if local else own.environment())  # a Ray of this machine was started from our environment
+    told = {"env_vars": env} if env else None
     ray.init(address=address, log_to_driver=True, logging_level="ERROR", runtime_env=told)
 
     @ray.remote(num_cpus=0)

@@ -211,7 +211,6 @@ def run_training(
         seed=ctx.seed,
         shuffle=stage.shuffle,
         early_stopping=stage.early_stopping.model_dump() if stage.early_stopping else None,
-        code=ctx.code,
         options=options or {},
     )
     facts: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,8 +38,6 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     to stop at a checkpoint, it gives `paused`."""
     job: TrainJob = config["job"]
     quiet_ray()
-    if job.code is not None and job.code not in sys.path:
-        sys.path.append(job.code)
     rank, workers = worker_rank()
     events = job.work / "events.jsonl" if rank == 0 and mirrored(job.work) else None
     with beating(config.get("monitor"), rank, events) as pulse, brought_here(job, rank):

@@ -18,7 +18,7 @@ from stages.base import Artifact, Resources, StageContext
 from stages.data.records import normalise
 from stages.errors import StageError
 
-from ..conftest import LLAMA, write_jsonl
+from ..conftest import CODE, LLAMA, write_jsonl
 from .test_chain import raylign
 
 SPEC = """\
@@ -168,12 +168,10 @@ def stage(data: Path, **options: Any) -> Generate:
 
 @pytest.fixture
 def ctx(tmp_path: Path, model: str, ray_address: str) -> StageContext:
-    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    (CODE / "own_rewards.py").write_text(REWARDS)
     (tmp_path / "work").mkdir()
     policy = Artifact("policy", "model", model)
-    return StageContext(
-        "made", tmp_path / "work", tmp_path / "prepared", {"model": [policy], "rewards": []}, code=str(tmp_path)
-    )
+    return StageContext("made", tmp_path / "work", tmp_path / "prepared", {"model": [policy], "rewards": []})
 
 
 @pytest.fixture

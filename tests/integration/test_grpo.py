@@ -21,7 +21,7 @@ from stages.errors import StageError
 from stages.training import recovery
 from stages.training import trainer as trainer_module
 
-from ..conftest import chat, prepared_beside, write_jsonl
+from ..conftest import CODE, chat, prepared_beside, write_jsonl
 from .test_training import weights
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -55,7 +55,7 @@ ROWS = 21
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """prompts.jsonl: 21 conversations of different lengths that end with a question, and beside it a module of rewards."""
+    """prompts.jsonl: 21 conversations of different lengths that end with a question, and a module of rewards."""
     folder, rng = tmp_path_factory.mktemp("prompts"), random.Random(1)
     rows: list[dict[str, Any]] = []
     for i in range(ROWS):
@@ -63,7 +63,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"prompt": messages, "expected": answer["content"], "topic": "letters"})
     rows[15]["expected"] = "f e d"
     write_jsonl(folder / "prompts.jsonl", rows)
-    (folder / "group_rewards.py").write_text(REWARDS)
+    (CODE / "group_rewards.py").write_text(REWARDS)
     return folder
 
 
@@ -86,7 +86,7 @@ def stage(
         inputs = {"model": [Artifact("base", "model", model)], "rewards": [judge] if judge else []}
         context = StageContext(
             "stage", folder, prepared, inputs, resources=Resources(workers=workers),
-            local=workers == 1 and "deepspeed" not in config, code=str(prompts),
+            local=workers == 1 and "deepspeed" not in config,
         )  # fmt: skip
         if worker is not None:
             patch.setattr(recovery, "train_on_worker", worker)

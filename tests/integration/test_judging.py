@@ -18,7 +18,8 @@ from stages.rewards import Answered, Scorer
 from stages.rl.judging import RESTARTS, Judge, JudgeActors, Judged, JudgeOptions
 from stages.training.launch import launch
 
-from ..test_judging import answered, functions, options
+from ..conftest import CODE
+from ..test_judging import answered, options, write_functions
 
 FUNCTIONS_HERE = """
 import os, signal
@@ -45,11 +46,10 @@ def started(options: JudgeOptions, **asked: Any) -> JudgeActors:
     return JudgeActors.start(options, **{"actors": 2, "cpus": 0, "gpus": 0, "timeout_s": 300} | asked)
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("code")
-    (folder / "judging_in_actors.py").write_text(FUNCTIONS_HERE)
-    return functions(folder)
+@pytest.fixture(scope="module", autouse=True)
+def _rewards() -> None:
+    (CODE / "judging_in_actors.py").write_text(FUNCTIONS_HERE)
+    write_functions()
 
 
 def term(path: str) -> Scorer:
@@ -57,9 +57,9 @@ def term(path: str) -> Scorer:
 
 
 @pytest.fixture(scope="module")
-def separate(ray_address: str, model: str, code: str) -> Iterator[JudgeActors]:
+def separate(ray_address: str, model: str) -> Iterator[JudgeActors]:
     """Two actors with a reference; besides its scores each says which process it is, or does what a row wants."""
-    asked = options(model, code)
+    asked = options(model)
     actors = started(replace(asked, scorers=[*asked.scorers, term("judging_in_actors:obeys")]))
     yield actors
     actors.close()
@@ -80,9 +80,9 @@ def same(there: list[Judged], here: list[Judged]) -> None:
         np.testing.assert_allclose(theirs.ref_logps, ours.ref_logps, atol=1e-5)
 
 
-def test_the_same_numbers_as_in_this_process(separate: JudgeActors, model: str, code: str) -> None:
+def test_the_same_numbers_as_in_this_process(separate: JudgeActors, model: str) -> None:
     rows = wanting(23)
-    here = Judge(options(model, code), "cpu").submit(rows)()
+    here = Judge(options(model), "cpu").submit(rows)()
     first, second = separate.submit(rows), separate.submit(rows[:5])  # both on their way at once
     there = first()
     assert [one.scores[:2] for one in second()] == [one.scores[:2] for one in there[:5]]
@@ -112,21 +112,19 @@ def test_a_reward_that_is_no_number_is_told_with_its_row(separate: JudgeActors) 
     assert len(separate.submit(wanting(11))()) == 11  # they go on
 
 
-def test_a_lost_actor_is_replaced_and_its_chunk_judged_again(
-    separate: JudgeActors, model: str, code: str, tmp_path: Path
-) -> None:
+def test_a_lost_actor_is_replaced_and_its_chunk_judged_again(separate: JudgeActors, model: str, tmp_path: Path) -> None:
     mark = tmp_path / "killed"
     rows = wanting(11, row_5=str(mark))
     judged = separate.submit(rows)()
     assert mark.exists()
-    same(judged, Judge(options(model, code), "cpu").submit(rows)())
+    same(judged, Judge(options(model), "cpu").submit(rows)())
 
 
-def test_one_that_is_lost_again_and_again_is_given_up(ray_address: str, model: str, code: str) -> None:
+def test_one_that_is_lost_again_and_again_is_given_up(ray_address: str, model: str) -> None:
     """It has its CPUs, until it is closed."""
     import ray
 
-    asked = options(model, code, scorers=[term("judging_in_actors:dies")], reference=None)
+    asked = options(model, scorers=[term("judging_in_actors:dies")], reference=None)
     actors = started(asked, actors=1, cpus=2, grows=False)
     assert ray.available_resources().get("CPU", 0) == 2
     assert [one.scores for one in actors.submit(answered(5))()] == [[2.0]] * 5
@@ -148,13 +146,13 @@ def test_one_that_is_lost_again_and_again_is_given_up(ray_address: str, model: s
     ids=["function", "reference"],
 )
 def test_what_cannot_be_loaded_is_told_before_anything_is_judged(
-    ray_address: str, model: str, code: str, wrong: dict[str, Any], says: str
+    ray_address: str, model: str, wrong: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(StageError, match=says):
-        started(options(model, code, **wrong), actors=1)
+        started(options(model, **wrong), actors=1)
 
 
-def test_more_than_the_cluster_has_is_told_quickly(ray_address: str, model: str, code: str) -> None:
+def test_more_than_the_cluster_has_is_told_quickly(ray_address: str, model: str) -> None:
     begun = time.monotonic()
     for asked, says in (
         ({"cpus": 100}, r"2 processes .* have no room: each asks for 100 CPUs and 0 GPUs, and the cluster has 4 CPUs"),
@@ -162,8 +160,8 @@ def test_more_than_the_cluster_has_is_told_quickly(ray_address: str, model: str,
         ({"cpus": 3}, "have no room: each asks for 3 CPUs"),
     ):
         with pytest.raises(StageError, match=says):
-            started(options(model, code), grows=False, **asked)
+            started(options(model), grows=False, **asked)
     assert time.monotonic() - begun < 10
     # One that may grow is waited for.
     with pytest.raises(StageError, match=r"2 of 2 processes .* are not ready after 3 s: each asks for 5 CPUs"):
-        started(options(model, code), timeout_s=3, cpus=5)
+        started(options(model), timeout_s=3, cpus=5)

@@ -1,21 +1,51 @@
-"""Optimizers and schedules: the trainer's, by its own names, or a user's own as `package.module:name`."""
+"""Code of the user's that a spec names as `package.module:name`: stages, formats, rewards, gates, optimizers and schedules.
+
+Modules are looked for in the environment and then in the folder of the spec, which every process of a run is told by the
+environment (`RAYLIGN_CODE`).
+"""
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.machinery
+import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.errors import nearest
+from stages.errors import StageError, nearest
+
+CODE = "RAYLIGN_CODE"
+NAMED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_named(value: Any) -> bool:
+    """Whether a value is written as `package.module:name`."""
+    return isinstance(value, str) and NAMED.fullmatch(value) is not None
 
 
 def is_own(name: Any) -> bool:
     """Whether a value of `optim` or `lr_scheduler_type` names something of the user's: the trainer's names have no dots."""
     return isinstance(name, str) and ("." in name or ":" in name)
+
+
+def use(folder: str) -> None:
+    """Have modules looked for in this folder too, here and in the processes that this one starts."""
+    os.environ[CODE] = folder
+
+
+def _folder() -> str:
+    return os.environ.get(CODE) or os.getcwd()
+
+
+def environment() -> dict[str, str]:
+    """What a process that this one does not start has to be told."""
+    return {CODE: os.environ[CODE]} if CODE in os.environ else {}
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -25,6 +55,8 @@ def load(path: str) -> Callable[..., Any]:
         ValueError: there is no such module, or nothing callable of that name in it.
     """
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    if _folder() not in sys.path:
+        sys.path.append(_folder())
     try:
         found = getattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -36,12 +68,36 @@ def load(path: str) -> Callable[..., Any]:
     return found
 
 
-def problem(path: str, folder: str) -> str | None:
+def load_for(what: str, path: str) -> Callable[..., Any]:
+    """As `load`, whatever the user's module raises.
+
+    Args:
+        what: what it is for, which an error begins with.
+
+    Raises:
+        StageError: it cannot be imported.
+    """
+    try:
+        return load(path)
+    except ValueError as error:
+        raise StageError(f"{what}: {error}") from error
+    except Exception as error:  # whatever a module raises when it is imported
+        raise StageError(f"{what}: {path}: its module cannot be imported: {raised(error)}") from error
+
+
+def raised(error: Exception) -> str:
+    """What was raised, and where: `KeyError: 'answer' (line 12 of my_formats.py)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def problem(path: str) -> str | None:
     """What is wrong with `package.module:name`, as far as it is known without importing anything."""
-    top = path.partition(":")[0].split(".")[0]
+    top, folder = path.partition(":")[0].split(".")[0], _folder()
     if importlib.machinery.PathFinder.find_spec(top, [*sys.path, folder]) is None:
         return f"{path!r}: there is no module {top!r} in {folder} or in the environment"
-    name, file = path.partition(":")[2], source(path, folder)
+    name, file = path.partition(":")[2], source(path)
     names = _names(file) if name and file is not None and file.is_relative_to(folder) else None
     if names is not None and name not in names:
         return f"{path!r}: {file} has no {name!r}{nearest(name, names)}"
@@ -61,9 +117,9 @@ def _names(file: Path) -> set[str] | None:
     return None if names & {"*", "__getattr__"} else names
 
 
-def source(path: str, folder: str) -> Path | None:
+def source(path: str) -> Path | None:
     """The file of the module in `module:name`; None where it has none that can be found without importing anything."""
-    search: list[str] | None = [*sys.path, folder]
+    search: list[str] | None = [*sys.path, _folder()]
     found = None
     for part in path.partition(":")[0].split("."):
         found = importlib.machinery.PathFinder.find_spec(part, search)
@@ -71,6 +127,12 @@ def source(path: str, folder: str) -> Path | None:
             return None
         search = list(found.submodule_search_locations or [])
     return Path(found.origin) if found is not None and found.has_location and found.origin else None
+
+
+def key(path: str) -> str | None:
+    """The hash of the module in `module:name`; what it imports is not looked at."""
+    file = source(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else None
 
 
 def options(text: str | None) -> dict[str, Any]:
