@@ -67,6 +67,25 @@ class Line:
     total: int | None = None
     since: tuple[float, int] = (0.0, 0)  # the time of the phase's first progress, and how far it was then
 
+    def event(self, event: dict[str, Any]) -> None:
+        """Take what the stage has reported (stages/base.py, Reporter)."""
+        if "waiting" in event:
+            what = event["waiting"]
+            self.waits = "" if what is None else f"waiting for {what}; {event['seconds']} s of {event['limit']}"
+        elif "phase" in event:
+            self.phase, self.total, self.values, self.unit = event["phase"], None, "", ""
+        else:
+            if not self.unit or event["done"] < self.done:  # also where training has gone back to a checkpoint
+                self.since = (event.get("time", time.time()), event["done"])
+            self.done, self.total, self.unit = event["done"], event["total"], event["unit"]
+            known = [key for key in ("loss", "reward", "kl") if event.get(key) is not None]
+            self.values = "  ".join(f"{key} {event[key]:.3f}" for key in known)
+
+    def progress(self) -> str:
+        """`train 200/400 steps  loss 1.500  2.3 steps/s, 1:04 left`."""
+        count = f" {self.done}/{self.total} {self.unit}s" if self.unit else ""
+        return "  ".join(part for part in (self.phase + count, self.values, self.pace()) if part)
+
     def rate(self) -> float | None:
         """Units a second since the phase's first progress, which may be that of a run that is gone on with."""
         seconds, units = time.time() - self.since[0], self.done - self.since[1]
@@ -79,6 +98,20 @@ class Line:
             return ""
         slow = f"{rate:.3g} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
         return slow + (f", {clock((self.total - self.done) / rate)} left" if self.total else "")
+
+
+def read_events(events: Path, line: Line | None = None) -> list[dict[str, Any]]:
+    """The whole lines of a stage's events; where a `line` is given, those that it has not read."""
+    begin = line.read if line else 0
+    if not events.is_file() or events.stat().st_size == begin:
+        return []
+    with events.open("rb") as file:
+        file.seek(begin)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]  # the rest is being written
+    if line:
+        line.read += len(whole)
+    return [json.loads(each) for each in whole.splitlines()]
 
 
 MARKS = {"waiting": "·", "cached": "=", "done": "✓", "failed": "✗"}
@@ -147,50 +180,22 @@ class Terminal:
     def follow(self, name: str, events: Path) -> None:
         """Show what a running stage has reported since the last call."""
         line = self.lines[name]
-        if not events.is_file() or events.stat().st_size == line.read:
-            return
-        with events.open() as file:
-            file.seek(line.read)
-            lines = file.readlines()
-            if lines and not lines[-1].endswith("\n"):
-                lines.pop()
-            line.read += sum(len(each.encode()) for each in lines)
-        for each in lines:
-            self._event(name, json.loads(each))
+        for event in read_events(events, line):
+            self._event(name, event)
 
     def _event(self, name: str, event: dict[str, Any]) -> None:
         line = self.lines[name]
-        if "waiting" in event:
-            self._waits(name, event)
-            return
+        first = not line.waits
+        line.event(event)
         if "phase" in event:
-            line.phase, line.total, line.values, line.unit = event["phase"], None, "", ""
             facts = ", ".join(f"{k} {number(v)}" for k, v in event.items() if k not in ("phase", "time"))
             self._say(f"{name}: {event['phase']}" + (f" ({escape(facts)})" if facts else ""))
-            line.told = time.time()
+        elif time.time() - line.told > LINE_EVERY_S or (line.waits and first):
+            if line.waits or "waiting" not in event:
+                self._say(f"{name}: {escape(line.waits or line.progress())}")
+        else:
             return
-        if not line.unit or event["done"] < line.done:  # also where training has gone back to a checkpoint
-            line.since = (event.get("time", time.time()), event["done"])
-        line.done, line.total, line.unit = event["done"], event["total"], event["unit"]
-        line.values = "  ".join(
-            f"{key} {event[key]:.3f}" for key in ("loss", "reward", "kl") if event.get(key) is not None
-        )
-        if time.time() - line.told > LINE_EVERY_S:
-            line.told = time.time()
-            parts = [f"{line.phase} {line.done}/{line.total} {line.unit}s", line.values, line.pace()]
-            self._say(f"{name}: " + "  ".join(part for part in parts if part))
-
-    def _waits(self, name: str, event: dict[str, Any]) -> None:
-        """`waiting for 4 GPU: have 0 free of 2, can grow to 4; 12 s of 1800`."""
-        line = self.lines[name]
-        if event["waiting"] is None:
-            line.waits = ""
-            return
-        first = not line.waits
-        line.waits = f"waiting for {event['waiting']}; {event['seconds']} s of {event['limit']}"
-        if first or time.time() - line.told > LINE_EVERY_S:
-            line.told = time.time()
-            self._say(f"{name}: {escape(line.waits)}")
+        line.told = time.time()
 
     def _say(self, text: str) -> None:
         """A line for a log; a terminal shows it in the tree."""
@@ -227,8 +232,7 @@ class Terminal:
             bar = ProgressBar(
                 total=line.total or 1, completed=line.done if line.total else 0, width=24, pulse=not line.total
             )
-            count = f"{line.done}/{line.total} {line.unit}s" if line.total else ""
-            said = line.waits or "  ".join(p for p in (line.phase, count, line.pace(), line.values, f"({took})") if p)
+            said = line.waits or f"{line.progress()}  ({took})"
             return (self.spinner, *head, bar, Text(said))
         time_taken = Text(f"{line.seconds:.1f} s" if line.state in ("done", "failed") else "", style="dim")
         needs = [n for n in line.needs if self.lines[n].state not in ("done", "cached")]

@@ -434,7 +434,7 @@ def test_a_run_folder_that_was_sent_leads_nowhere(tmp_path: Path, stages: Any) -
     run = run_of(tmp_path, {"name": "run", "state": "done", "stages": stages})
     for command in ("status", "report", "chat"):
         with pytest.raises(DataError, match=r"run\.json: "):
-            talk(str(run), None, 1, None) if command == "chat" else RunFolder.open(run)  # type: ignore[arg-type]
+            talk(str(run), [], 1, None) if command == "chat" else RunFolder.open(run)  # type: ignore[arg-type]
 
 
 def test_a_run_s_record_that_is_none(tmp_path: Path) -> None:

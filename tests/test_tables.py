@@ -172,7 +172,7 @@ def test_a_terminal_shows_every_stage_where_it_stands() -> None:
     console.print(terminal._tree())
     text = console.export_text()
     assert [line.split()[1] for line in text.splitlines()] == ["base", "sft", "dpo", "eval"]
-    assert "train  200/400 steps  10 steps/s, 0:20 left  loss 1.500" in text and "after sft, dpo" in text
+    assert "train 200/400 steps  loss 1.500  10 steps/s, 0:20 left" in text and "after sft, dpo" in text
     terminal._event("sft", {"waiting": "4 GPU: have 0", "seconds": 3, "limit": 60})
     assert terminal.waiting("sft") == "waiting for 4 GPU: have 0; 3 s of 60"
     terminal.stage("sft", "done", seconds=12.3, metrics={"loss": 1.5})

@@ -146,11 +146,12 @@ def test_plan_status_report_inspect(finished: Path) -> None:
 def test_chat(finished: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "chat", "runs/chain", "--stage", "sft", "--max-new-tokens", "5"],
+        [sys.executable, "-m", "pipeline", "chat", "runs/chain", "--stage", "sft", "--stage", "dpo", "--max-new-tokens", "5"],
         cwd=finished, env=env, input="Reverse: a b c\n\n", capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "sft/model" in done.stdout.replace("\n", "")
+    said = done.stdout.replace("\n", "")
+    assert "sft/model" in said and "sft: " in said.split("ends")[1] and "dpo: " in said.split("ends")[1]
 
 
 def test_a_changed_stage_runs_alone_and_changing_it_back_finds_the_old_one(finished: Path) -> None:
