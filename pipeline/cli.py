@@ -140,13 +140,16 @@ def report(run: RunPath) -> None:
 @app.command()
 def chat(
     run: RunPath,
-    stage: Annotated[str | None, typer.Option(help="The stage whose model to talk to; the last one if absent.")] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="The stage whose model to talk to, the last one if absent; several answer side by side."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
     """Talk to the model that came out. An empty line or end of input ends it."""
     from pipeline.chat import talk
 
-    talk(run, stage, max_new_tokens, console)
+    talk(run, stage or [], max_new_tokens, console)
 
 
 @app.command()

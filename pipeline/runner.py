@@ -24,6 +24,7 @@ from pipeline.plan import (
 )
 from pipeline.progress import Terminal
 from pipeline.report import write_report
+from pipeline.stage_log import telling_lines
 from pipeline.stage_process import StageJob, send
 from pipeline.training_checks import run_problems
 from stages import own
@@ -35,7 +36,6 @@ from stages.training.launch import ENVIRONMENT
 from stages.training.stage import TrainStage
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
-LOG_TAIL = 12
 SIDE_BY_SIDE = max(4, os.cpu_count() or 1)  # stages: each has a process here, wherever its workers are
 
 
@@ -63,6 +63,7 @@ class Running:
     process: subprocess.Popen[bytes]
     started: float
     work: Path
+    log_from: int  # where in the log this attempt begins
     checker: Checker | None = None
 
 
@@ -225,6 +226,7 @@ class _Run:
         config = stage.model_dump(exclude_unset=True) | {"kind": stage.kind}
         environment = self._environment(planned, threads)
         with self.folder.log(name).open("ab") as log:
+            log_from = log.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.stage_process"],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
@@ -232,7 +234,7 @@ class _Run:
             )  # fmt: skip
         assert process.stdin is not None
         send(StageJob(planned.stage.kind, config, context, address), process.stdin)
-        self.running[name] = Running(planned, process, time.time(), work)
+        self.running[name] = Running(planned, process, time.time(), work, log_from)
         self._set(name, state="running", started=time.time(), workers=planned.resources.workers)
         self.terminal.stage(name, "running", resumed=planned.state == "resume")
 
@@ -277,7 +279,7 @@ class _Run:
         if code != 0 or result is None:
             if running.checker is not None:
                 running.checker.drop()
-            self._fail(running, _cause(work, code))
+            self._fail(running, _cause(work, code, telling_lines(self.folder.log(name), running.log_from)))
             return
         checked: dict[str, Any] = {"problems": [], "warnings": [], "facts": {}}
         if planned.stage.produces in ("model", "reward model"):
@@ -333,14 +335,19 @@ class _Run:
             self.state["stages"][name]["state"] = "interrupted"
 
 
-def _cause(work: Path, code: int) -> str:
+def _cause(work: Path, code: int, told: list[str]) -> str:
+    """Why a stage failed; where it is not an error of ours, with the lines that its log has of it."""
     error = read_json(work / "error.json")
-    if error is not None:
-        lines = error["message"].strip().splitlines()
-        return "\n".join(lines[:6]) if error["ours"] else (lines[0] if lines else "unknown")
-    if code < 0:
-        return f"its process was ended by signal {-code} ({signal.Signals(-code).name})"
-    return f"its process ended with exit code {code}"
+    lines = error["message"].strip().splitlines() if error is not None else []
+    if error is not None and error["ours"]:
+        return "\n".join(lines[:6])
+    if lines:
+        said = lines[0]
+    elif code < 0:
+        said = f"its process was ended by signal {-code} ({signal.Signals(-code).name})"
+    else:
+        said = f"its process ended with exit code {code}"
+    return "\n".join([said, *(f"  log: {line}" for line in told if said not in line)])
 
 
 def versions() -> dict[str, str]:
