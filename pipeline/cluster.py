@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from stages.errors import StageError
 from stages.training.launch import ENVIRONMENT
 
 LOOK_AGAIN_SECONDS = 1.0
+# Ray ends every process that has not heard from the head (its GCS) for so long, without a word: we say it before.
+LOST_SECONDS = 0.75 * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60))  # noqa: SIM112 - Ray's name
 
 # Servers of a Ray of this machine listen on loopback only, as they do on a Mac. By default they are on every network of the
 # machine, and let whoever reaches them run code. All processes that join inherit this; Ray reads it when it is imported.
@@ -37,6 +40,9 @@ class RayCluster:
         self._connected = False
         self._growth: Growth | None = None
         self._seen: tuple[float, Capacity] | None = None
+        self._head: str | None = None  # host:port of its GCS
+        self._looked = self._heard = 0.0
+        self._lost = False
 
     @property
     def local(self) -> bool:
@@ -58,14 +64,15 @@ class RayCluster:
 
         try:
             if ray.is_initialized():  # the caller's own: used, and left running
-                self._address, self.ours = ray.get_runtime_context().gcs_address, False
+                self._address = self._head = ray.get_runtime_context().gcs_address
+                self.ours = False
                 self._ready.set()
                 return
             context = ray.init(
                 address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
                 object_store_memory=int(os.environ.get("RAYLIGN_OBJECT_STORE_BYTES", 512 << 20)),
             )  # fmt: skip
-            self._address = context.address_info["gcs_address"]
+            self._address = self._head = context.address_info["gcs_address"]
         except Exception as error:
             self._error = error
         self._ready.set()
@@ -102,13 +109,33 @@ class RayCluster:
             except (ConnectionError, RuntimeError) as error:
                 raise StageError(f"{where}: {why_not(self.given, str(error))}") from error
         self._growth, self._connected = read_growth(), True
+        self._head = ray.get_runtime_context().gcs_address
+
+    def check(self) -> None:
+        """Whether the head is there.
+
+        Raises:
+            StageError: it has not answered for LOST_SECONDS.
+        """
+        now = time.monotonic()
+        if self._head is None or now - self._looked < LOOK_AGAIN_SECONDS:
+            return
+        self._looked = now
+        if _listens(self._head):
+            self._heard = now
+        elif now - (self._heard or now) > LOST_SECONDS:
+            self._lost = True
+            raise StageError(
+                f"the head of the Ray cluster at {self._head} has not answered for {LOST_SECONDS:.0f} s; what was done stays, "
+                "run the same command again to go on"
+            )
 
     def capacity(self) -> Capacity:
         """What there is, free and not, and what it can grow to; of a cluster not older than a second."""
         if self.local:
             return machine()
         self.connect()
-        if self._seen is None or time.monotonic() - self._seen[0] > LOOK_AGAIN_SECONDS:
+        if self._seen is None or (time.monotonic() - self._seen[0] > LOOK_AGAIN_SECONDS and _listens(str(self._head))):
             self._seen = (time.monotonic(), Capacity(nodes(), self._growth))
         return self._seen[1]
 
@@ -140,6 +167,15 @@ class RayCluster:
     def stop(self) -> None:
         if self._thread is not None:
             self._ready.wait()
-        if self.ours and "ray" in sys.modules:
+        if self.ours and "ray" in sys.modules and not self._lost:  # it would wait for the head's answer
             sys.modules["ray"].shutdown()
         self._over.set()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            return True
+    except OSError:
+        return False

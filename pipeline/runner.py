@@ -16,6 +16,7 @@ from pipeline.artifacts import read_json
 from pipeline.capacity import fit_together, lacking
 from pipeline.cluster import RayCluster
 from pipeline.handoff import PROBES, Checker
+from pipeline.hub import push_problems, push_stages
 from pipeline.plan import (
     Plan,
     PlannedStage,
@@ -26,6 +27,7 @@ from pipeline.progress import Terminal
 from pipeline.report import write_report
 from pipeline.stage_log import telling_lines
 from pipeline.stage_process import StageJob, send
+from pipeline.tracking import PATIENCE_S, Tracking, tracking_problems
 from pipeline.training_checks import run_problems
 from stages import own
 from stages.base import Artifact, StageContext
@@ -71,6 +73,7 @@ class _Run:
     def __init__(self, plan: Plan, terminal: Terminal) -> None:
         self.plan, self.terminal, self.folder = plan, terminal, plan.folder
         self.cluster = RayCluster()
+        self.tracking = Tracking(plan, terminal.note)
         self.running: dict[str, Running] = {}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
@@ -84,11 +87,14 @@ class _Run:
             raise
         self._begin()
         try:
+            self.tracking.begin()
             if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
                 self.cluster.start()
             while self._start_ready() or self.running:
                 self._watch()
+                self.cluster.check()
                 time.sleep(0.05)
+            self.failed |= push_stages(self.plan, self.state["stages"], self.terminal.note)
             self._end("failed" if self.failed else "done")
         except BaseException as error:
             self._stop_all()
@@ -115,7 +121,8 @@ class _Run:
         problems = [
             Problem(f"stages.{s.name}", f"{what}; {hint}") for s in todo for what in lacking(s, self.cluster.capacity())
         ]
-        problems += run_problems(self.plan, local=self.cluster.local)
+        problems += run_problems(self.plan, local=self.cluster.local) + tracking_problems(self.plan)
+        problems += [] if problems else push_problems(self.plan)
         if problems:
             raise SpecError(problems, self.plan.spec.file)
         if todo and not mirrored(self.folder.path):
@@ -184,6 +191,7 @@ class _Run:
         self.state |= {"state": state, "finished": time.time()}
         self.folder.save_state(self.state)
         write_report(self.folder)
+        self.tracking.end(5.0 if state == "interrupted" else PATIENCE_S)
 
     # -- starting
 
@@ -261,6 +269,7 @@ class _Run:
     def _watch(self) -> None:
         for name, running in list(self.running.items()):
             self.terminal.follow(name, running.work / "events.jsonl")
+            self.tracking.follow(name, running.work)
             if (waiting := self.terminal.waiting(name)) != self.state["stages"][name].get("waiting"):
                 self._set(name, waiting=waiting)
             if running.checker is None and self.terminal.phase(name) in ("train", "model"):
@@ -275,6 +284,8 @@ class _Run:
 
     def _finish(self, running: Running, code: int) -> None:
         name, planned, work = running.planned.name, running.planned, running.work
+        self.tracking.follow(name, work)
+        self.tracking.finish(name)
         result = read_json(work / "result.json")
         if code != 0 or result is None:
             if running.checker is not None:

@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ class Scene:
     rng: random.Random
     command: subprocess.Popen[str] | None = None
     cluster: Any = None
+    store: subprocess.Popen[bytes] | None = None  # an object store's server
+    endpoint: str = ""
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def processes(self, *signs: str) -> list[psutil.Process]:
@@ -62,9 +65,25 @@ class Scene:
 
     def steps(self, stage: str) -> int:
         """Steps that a stage has made."""
-        for path in self.folder.glob(f"runs/chaos/.work/{stage}-*/consumed.jsonl"):
+        runs = next(self.folder.rglob("chaos/run.json"), self.folder).parent  # of a mirror where there is a store
+        for path in runs.glob(f".work/{stage}-*/consumed.jsonl"):
             return len(path.read_text().splitlines())
-        return STEPS[stage] if (self.folder / "runs" / "chaos" / stage / "manifest.json").is_file() else 0
+        return STEPS[stage] if (runs / stage / "manifest.json").is_file() else 0
+
+    def runs(self) -> Path:
+        """The folder of all that is published; of a store a copy."""
+        if not self.endpoint:
+            return self.folder / "runs"
+        copy = self.folder / "bucket"
+        shutil.rmtree(copy, ignore_errors=True)
+        client = s3_client(self.endpoint)
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket="bucket"):
+            for found in page.get("Contents", []):
+                if not found["Key"].endswith("/"):
+                    target = copy / found["Key"]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    client.download_file("bucket", found["Key"], str(target))
+        return copy / "runs"
 
 
 def send(scene: Scene, what: signal.Signals, *signs: str) -> bool:
@@ -128,10 +147,19 @@ def disk(scene: Scene) -> bool:
     return True
 
 
+def store(scene: Scene) -> bool:
+    """The object store does not answer for a while."""
+    assert scene.store is not None
+    scene.store.send_signal(signal.SIGSTOP)
+    time.sleep(scene.rng.uniform(2, 20))
+    scene.store.send_signal(signal.SIGCONT)
+    return True
+
+
 FAULTS: dict[str, Callable[[Scene], bool]] = {
-    f.__name__: f for f in (worker, hang, stage, driver, any_process, node, gcs, disk)
+    f.__name__: f for f in (worker, hang, stage, driver, any_process, node, gcs, disk, store)
 }
-OWN_CLUSTER, OWN_DISK = ("node", "gcs"), ("disk",)
+OWN_CLUSTER, OWN_DISK, OWN_STORE = ("node", "gcs"), ("disk",), ("store",)
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
@@ -150,6 +178,37 @@ def renew(scene: Scene) -> None:
         scene.cluster.add_node(**NODE)
 
 
+def s3_client(endpoint: str) -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=f"http://{endpoint}", **S3)
+
+
+@contextmanager
+def s3_server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """(process, host:port) of an S3 server on loopback with a bucket."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        endpoint, end = f"127.0.0.1:{port}", time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < end and process.poll() is None, "the S3 server does not start"
+            time.sleep(0.1)
+        s3_client(endpoint).create_bucket(Bucket="bucket")
+        yield process, endpoint
+    finally:
+        process.kill()
+        process.wait()
+
+
+S3 = {"aws_access_key_id": "chaos", "aws_secret_access_key": "chaos", "region_name": "us-east-1"}
+S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_DEFAULT_REGION": "us-east-1"}
+
 # As in cluster_configs/README.md: a node that is gone is noticed in seconds.
 HEALTH = {
     "health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
@@ -160,7 +219,7 @@ HEALTH = {
 # ------------------------------------------------------------------------------------------------ the chain
 
 
-def write_chain(folder: Path) -> None:
+def write_chain(folder: Path, storage: str = "runs") -> None:
     """The data and the spec: an SFT of 26 steps, a DPO of 10, checkpoints every three."""
     from ruamel.yaml import YAML
 
@@ -186,7 +245,7 @@ def write_chain(folder: Path) -> None:
                  "max_new_tokens": 8},
     }  # fmt: skip
     spec = {
-        "name": "chaos", "storage": "runs", "cluster": {"workers": 2, "stall_minutes": STALL_MINUTES, "wait_minutes": 2},
+        "name": "chaos", "storage": storage, "cluster": {"workers": 2, "stall_minutes": STALL_MINUTES, "wait_minutes": 2},
         "model": {"init": {"config": llama, "tokenizer": {"vocab_size": 320}}}, "stages": stages,
     }  # fmt: skip
     YAML().dump(spec, folder / "spec.yaml")
@@ -194,6 +253,8 @@ def write_chain(folder: Path) -> None:
 
 def start(scene: Scene) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    if scene.endpoint:
+        env |= S3_ENVIRONMENT | {"RAYLIGN_CACHE": str(scene.folder / "mirror")}
     if scene.cluster is not None:
         env["RAY_ADDRESS"] = scene.cluster.address
         env["RAY_API_SERVER_ADDRESS"] = (
@@ -205,14 +266,14 @@ def start(scene: Scene) -> None:
     )  # fmt: skip
 
 
-def published(folder: Path) -> dict[str, str]:
+def published(runs: Path) -> dict[str, str]:
     """Stage -> fingerprint of all that is published.
 
     Raises:
         AssertionError: something of it is half-written.
     """
     found = {}
-    for manifest in folder.glob("runs/chaos/*/manifest.json"):
+    for manifest in runs.glob("chaos/*/manifest.json"):
         value = json.loads(manifest.read_text())
         if value["produces"] == "model":
             from safetensors import safe_open
@@ -224,16 +285,14 @@ def published(folder: Path) -> dict[str, str]:
     return found
 
 
-def assert_same(folder: Path, undisturbed: Path) -> None:
+def assert_same(runs: Path, undisturbed: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
     for name in ("sft", "dpo"):
-        wanted, got = (
-            load_file(f / "runs" / "chaos" / name / "model" / "model.safetensors") for f in (undisturbed, folder)
-        )
+        wanted, got = (load_file(f / "chaos" / name / "model" / "model.safetensors") for f in (undisturbed, runs))
         assert wanted.keys() == got.keys() and all(torch.equal(wanted[k], got[k]) for k in wanted), f"{name} differs"
-    ledgers = [(f / "runs" / "chaos" / "sft" / "consumed.jsonl").read_text() for f in (undisturbed, folder)]
+    ledgers = [(f / "chaos" / "sft" / "consumed.jsonl").read_text() for f in (undisturbed, runs)]
     assert ledgers[0] == ledgers[1], "other rows were trained, or in another order"
 
 
@@ -267,7 +326,11 @@ def scene_of(fault: str, rng: random.Random) -> Iterator[Scene]:
         if fault in OWN_CLUSTER:
             renew(scene)
             stack.callback(lambda: scene.cluster.shutdown())
-        write_chain(folder)
+        if fault in OWN_STORE:
+            scene.store, scene.endpoint = stack.enter_context(s3_server())
+        write_chain(
+            folder, f"s3://bucket/runs?endpoint_override={scene.endpoint}&scheme=http" if scene.endpoint else "runs"
+        )
         yield scene
 
 
@@ -301,7 +364,7 @@ def disturbed(fault: str, seed: int, undisturbed: Path) -> Outcome:
             code = scene.command.returncode
             error = next((line for line in out.splitlines() if line.startswith(("error:", "stage "))), "")[:90]
             outcome.attempts.append((code, time.monotonic() - began, error))
-            after = published(scene.folder)
+            after = published(scene.runs())
             assert before.items() <= after.items(), f"{outcome}: published stages were lost: {before} -> {after}"
             assert "Traceback" not in out, f"{outcome}\n{out}"
             if code == 0:
@@ -314,7 +377,7 @@ def disturbed(fault: str, seed: int, undisturbed: Path) -> Outcome:
             psutil.wait_procs(scene.processes("pipeline.stage_process"), timeout=30)
         assert outcome.attempts[-1][0] == 0, f"{outcome}\n{out}"
         assert struck, f"{outcome}: the fault never struck"
-        assert_same(scene.folder, undisturbed)
+        assert_same(scene.runs(), undisturbed / "runs")
     return outcome
 
 
