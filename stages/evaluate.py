@@ -55,7 +55,7 @@ class Gate(Config):
             "length_correlation",
         ]
         | None
-    ) = None  # fmt: skip
+    ) = Field(default=None, description="A metric of the evaluation.")  # fmt: skip
     check: str | None = Field(
         default=None,
         description="A function of yours, module:name: check(metrics, samples) gets {model: {metric: value}} and the "
@@ -63,8 +63,8 @@ class Gate(Config):
     )
     of: str | None = Field(default=None, description="stages.NAME, one of `models`.")
     over: str | None = Field(default=None, description="Compare with this model: the difference is what must hold.")
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: float | None = Field(default=None, description="The least that it may be.")
+    at_most: float | None = Field(default=None, description="The most that it may be.")
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
@@ -89,7 +89,7 @@ class Evaluate(Stage):
     kind: Literal["evaluate"] = "evaluate"
     models: list[str] = Field(min_length=1, description="stages.NAME, folders or hub ids.")
     data: list[DataSource] = Field(min_length=1, description="Held-out conversations, preference pairs, or both.")
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="Rows that are scored, or sampled for, together.")
     max_new_tokens: int = Field(default=256, ge=1, description="Bound of a greedy sample.")
     max_samples: int | None = Field(
         default=None, ge=0, description="Sample only the first rows; all with an expected answer if absent."
@@ -102,8 +102,8 @@ class Evaluate(Stage):
     shown: int = Field(default=8, ge=0, description="Samples kept for the report, side by side.")
     mask: Mask = Mask()
     max_dropped: Share = Field(default=0.01, description="Rows that may be lost before the run is stopped.")
-    gates: list[Gate] = Field(default_factory=list)
-    workers: int | None = Field(default=None, ge=1)
+    gates: list[Gate] = Field(default_factory=list, description="What must hold, or the run fails.")
+    workers: int | None = Field(default=None, ge=1, description="Workers of this stage, 1 by default.")
 
     produces: ClassVar = "metrics"
     version: ClassVar[int] = 2

@@ -54,9 +54,14 @@ class Generate(Stage):
     max_new_tokens: int = Field(
         default=256, ge=1, description="Bound of an answer; one that has not ended is left out."
     )
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, description="0 samples from all tokens.")
+    temperature: float = Field(default=1.0, gt=0, description="Answers are drawn with.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Samples from the likeliest tokens that have this share of the probability.",
+    )
+    top_k: int = Field(default=0, ge=0, description="Samples from so many of the likeliest tokens; 0: from all.")
     max_prompts: int | None = Field(default=None, ge=1, description="The first so many; all if absent.")
     rewards: list[Reward] = Field(
         min_length=1,

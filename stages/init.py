@@ -19,6 +19,8 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 class TokenizerConfig(Config):
+    """The tokenizer of a fresh model."""
+
     vocab_size: int = Field(
         default=4096, ge=260, description="Of the byte-level BPE tokenizer, special tokens included."
     )

@@ -13,7 +13,7 @@ from stages.data.encode import PRINTED_DATE
 
 
 class Mask(Config):
-    """Options of ChatEncoder (stages/data/chat.py). Stages that read the same kind of rows should have the same."""
+    """How conversations are rendered and tokenised. Stages that read the same kind of rows should have the same."""
 
     history: History = Field(
         default="refuse",
@@ -37,7 +37,7 @@ class Mask(Config):
 
 
 class TrainMask(Mask):
-    """With what is trained of a conversation."""
+    """How conversations are rendered and tokenised, and what of them is trained."""
 
     train_on: TrainOn = Field(
         default="assistant",

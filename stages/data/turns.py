@@ -34,7 +34,7 @@ ENVIRONMENT = ImmutableSandboxedEnvironment(
 class Turn(Config):
     """A message made of a row's columns."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
     content: str = Field(description="Jinja over the row's columns: 'Question: {{ question }}'.")
     train: bool | None = Field(default=None, description="Whether this turn is trained, whatever the mask says.")
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="Weight of this turn's loss.")

@@ -52,12 +52,14 @@ class _Lora(LibraryConfig):
 class QLoraOptions(Config):
     """bitsandbytes' options, by its own names; NF4 with double quantisation as in Dettmers et al. 2023, section 3."""
 
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="What 4 bits stand for.")
+    bnb_4bit_use_double_quant: bool = Field(default=True, description="Quantises the scales of the weights too.")
     bnb_4bit_compute_dtype: Dtype | None = Field(
         default=None, description="bfloat16 on a GPU that has it, float32 on a CPU."
     )
-    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        default="uint8", description="What they are kept as."
+    )
     llm_int8_skip_modules: list[str] | None = Field(default=None, description="Modules that stay as they are.")
 
 
