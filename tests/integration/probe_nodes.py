@@ -49,7 +49,7 @@ def prepare_task(index: int, folder: str) -> None:
 def main() -> None:
     address, folder = sys.argv[1:]
     os.environ.setdefault(GROWTH, "null")
-    connect(address)
+    connect(address, local=False)
     tasks = list(range(6))
     making = _Making([], [], None, Path(folder) / "made", {}, lambda done, total: None)  # type: ignore[arg-type]
     making._map(tasks, prepare_task, folder)
