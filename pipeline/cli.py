@@ -153,6 +153,23 @@ def chat(
 
 
 @app.command()
+def push(
+    run: RunPath,
+    to: Annotated[str, typer.Option(metavar="ORG/NAME", help="The repository; it is made if it is not there.")],
+    stage: Annotated[str | None, typer.Option(help="The stage whose model to push; the last one if absent.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="As the account has it where neither is said.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and print the card; nothing is sent.")] = False,
+) -> None:
+    """Publish a model of a run on the Hugging Face hub, with a card that says where it comes from and what was found of it."""
+    from pipeline.hub import push_by_hand
+
+    for line in push_by_hand(run, stage, to, private, dry_run):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def init(
     model: Annotated[str, typer.Option(help="Hub id or folder of the base model.")],
     data: Annotated[list[str], typer.Option(help="Conversations: file, glob or folder. May be given several times.")],

@@ -28,7 +28,7 @@ State = Literal["cached", "resume", "run"]
 # Config that cannot change what a stage makes.
 NOT_IN_FINGERPRINT = {
     "data", "model", "models", "deepspeed", "gates", "logging_steps", "save_steps", "save_total_limit", "report_to",
-    "max_dropped", "workers",
+    "max_dropped", "workers", "push_to_hub", "hub_private_repo",
 }  # fmt: skip
 
 

@@ -197,6 +197,10 @@ class Terminal:
             return
         line.told = time.time()
 
+    def note(self, text: str) -> None:
+        """A line that is of no stage; above the tree in a terminal. May be called from any thread."""
+        self.console.print(f"[dim]{time.time() - self.started:7.1f} s[/]  {escape(text)}", highlight=False, soft_wrap=True)
+
     def _say(self, text: str) -> None:
         """A line for a log; a terminal shows it in the tree."""
         if not self.shows:

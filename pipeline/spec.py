@@ -15,6 +15,7 @@ from pipeline.sweep import Sweeps, fold
 from stages import KINDS, Stage
 from stages.base import Config, Workers
 from stages.data.tokenizer import read_chat_template
+from stages.tracking import ReportTo
 
 BASE = "base"  # the name of the stage that `model: {init: ...}` stands for
 
@@ -60,6 +61,8 @@ class Spec(Config):
     cluster: Cluster = Cluster()
     chat_template: str | None = None
     allow_pickle: bool = False
+    report_to: ReportTo = "tensorboard"
+    project: str | None = None
     stages: dict[str, Any]
     sweeps: Sweeps = Field(default_factory=dict)
     file: str | None = None
@@ -109,6 +112,10 @@ class Spec(Config):
             extra["chat_template"] = self.chat_template
         if self.allow_pickle:
             extra["allow_pickle"] = True
+        if self.report_to != "tensorboard":
+            extra["report_to"] = self.report_to
+        if self.project:
+            extra["project"] = self.project
         return {**head, **extra, "stages": fold(stages, self.sweeps)}
 
 
@@ -123,6 +130,16 @@ class Head(Config):
     chat_template: str | None = None
     allow_pickle: bool = Field(
         default=False, description="Take models whose weights are pickles (pytorch_model.bin), not safetensors."
+    )
+    report_to: ReportTo = Field(
+        default="tensorboard",
+        description="Who is told of the stages' metrics: tensorboard (files in the run folder), mlflow, wandb, a list, or none.",
+    )
+    project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="MLflow's experiment, Weights & Biases' project; by default what MLFLOW_EXPERIMENT_NAME and "
+        "WANDB_PROJECT say, else raylign.",
     )
 
 

@@ -26,7 +26,7 @@ from stages.storage import is_remote
 from stages.training.deepspeed import PRESETS
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
-RESERVED = {"logs", "report", "run", "spec"}
+RESERVED = {"logs", "report", "run", "spec", "tensorboard", "wandb"}
 # s3://key:secret@bucket, or ?secret_key=...; gs://anonymous@ is none
 CREDENTIALS = re.compile(
     r"\w[\w+.-]*://(?!anonymous@)([^/?#\s]*@|[^/?#\s:@]+:[^?#\s@]+@|\S*[?&][\w-]*(key|token|secret|password|signature)[\w-]*=)",
@@ -115,6 +115,8 @@ class _Checker:
             cluster=head.cluster,
             chat_template=template,
             allow_pickle=head.allow_pickle,
+            report_to=head.report_to,
+            project=head.project,
             stages={name: stage for name, stage in stages.items() if stage is not None},
             sweeps=self._sweeps(raw_stages),
             file=self.file,

@@ -43,6 +43,7 @@ Found = Iterator[tuple[tuple[str, ...], str]]  # (path within the stage, message
 def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """(stage, path within it, message), of what does not depend on the machine."""
     cluster = spec.cluster
+    pushed: dict[str, str] = {}
     gpu = None if cluster.gpus_per_worker is None else cluster.gpus_per_worker > 0
     for name, stage in spec.stages.items():
         if isinstance(stage, TrainStage):
@@ -50,6 +51,9 @@ def spec_problems(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], str]]:
             config = model_config(spec, name)
             for path, message in stage_problems(stage, workers=most, gpu=gpu, config=config):
                 yield name, path, message
+            if stage.push_to_hub is not None and (other := pushed.setdefault(stage.push_to_hub, name)) != name:
+                what = f"{stage.push_to_hub} is where stages.{other} is pushed; one model to a repository"
+                yield name, ("push_to_hub",), what
         if isinstance(stage, Generate | RLStage):
             for path, message in _answering_problems(stage, model_config(spec, name)):
                 yield name, path, message

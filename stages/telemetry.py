@@ -18,6 +18,7 @@ OFF = {
     "VLLM_NO_USAGE_STATS": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 for _name, _value in OFF.items():

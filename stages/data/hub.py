@@ -17,6 +17,18 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 PIN = "pin `revision:` to a commit, or check the network"
 
 
+def repository_problem(name: str) -> str | None:
+    """What is wrong with the name of a repository that is to be written to."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return str(error)
+    return None if "/" in name else f"{name!r} is wanted with its owner: `org/name`, or `user/name`"
+
+
 def shards(path: str, name: str | None, split: str, revision: str | None) -> list[DataFile]:
     """The shards of a split, of the very revision that is there now.
 

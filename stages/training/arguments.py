@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from pydantic import Field, create_model, model_validator
 
 from stages.base import Config
+from stages.tracking import ReportTo
 
 # class -> (package, file of its source); a base class listed here contributes its fields
 _SOURCES = {
@@ -46,7 +47,17 @@ MANAGED = {
     "dataset_num_proc": "Ray Data prepares the data on every core",
     "dataset_kwargs": "Ray Data prepares the data",
     "resume_from_checkpoint": "run the same command again: an interrupted stage goes on by itself",
-    "push_to_hub": "publish the finished model folder instead",
+    "push_to_hub": "write it beside `train`: `push_to_hub: org/name`",
+    "project": "write it at the top of the spec",
+    **{
+        f"trackio_{name}": "trackers: tensorboard, mlflow, wandb"
+        for name in ("space_id", "bucket_id", "static_space_id")
+    },
+    "hub_model_id": "write it beside `train`: `push_to_hub: org/name`",
+    "hub_private_repo": "write it beside `train`, with `push_to_hub: org/name`",
+    "hub_strategy": "the finished model is pushed, once: `push_to_hub: org/name` beside `train`",
+    "hub_always_push": "the finished model is pushed, once: `push_to_hub: org/name` beside `train`",
+    "hub_revision": "the finished model is pushed to the main branch: `push_to_hub: org/name` beside `train`",
     "hub_token": "the hub's token is read from the environment, HF_TOKEN; a spec is kept in the run folder",
     "trust_remote_code": "code that comes with a model is never run",
     "remove_unused_columns": "prepared data holds exactly what is used",
@@ -184,7 +195,8 @@ class TrainConfig(LibraryConfig):
 
 def train_config(name: str, **own: Any) -> type[TrainConfig]:
     """The pydantic model of a trainer's arguments (`SFTConfig`, `DPOConfig`, ...); `own`: fields with other types."""
-    fields = {k: (v, Field(default=None)) for k, v in (library_fields(name) | own).items() if k not in MANAGED}
+    types = library_fields(name) | {"report_to": ReportTo | None} | own
+    fields = {k: (v, Field(default=None)) for k, v in types.items() if k not in MANAGED}
     made: type[TrainConfig] = create_model(f"Train{name}", __base__=TrainConfig, **fields)  # type: ignore[call-overload]
     made.library = name
     return made

@@ -88,7 +88,7 @@ class TrainerParts:
 
     def arguments(self, config_class: Callable[..., Any], **fixed: Any) -> Any:
         """The trainer's arguments: the user's own, our defaults, and what the pipeline decides."""
-        defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2, "logging_nan_inf_filter": False}
+        defaults: dict[str, Any] = {"save_total_limit": 2, "logging_nan_inf_filter": False}
         if self.on_cpu:
             defaults |= {"gradient_checkpointing": False, "dataloader_pin_memory": False}
         decided = {
@@ -97,6 +97,7 @@ class TrainerParts:
             "use_cpu": self.on_cpu,
             "deepspeed": self.job.deepspeed,
             "disable_tqdm": True,
+            "report_to": "none",  # trackers are told by the process that carries the run out
             "ignore_data_skip": True,  # the feed itself starts where the checkpoint stopped
             "remove_unused_columns": False,
             "model_init_kwargs": self.kernels.load_options() | self.quantization(),

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from stages.base import ArtifactKind, Config, Share, Stage, StageContext, StageResult, Workers
 from stages.data.chat import tokenizer_spec
 from stages.data.encode import Recipe, Task
+from stages.data.hub import repository_problem
 from stages.data.ledger import check_lost, read_entries, write_entries
 from stages.data.mask import Mask
 from stages.data.prepare import Prepared, prepare
@@ -76,6 +77,12 @@ class TrainStage(Stage):
         default=None, description="Stop when the evaluation has not become better for a while; the best model is kept."
     )
     workers: Workers | None = Field(default=None, description="Workers of this stage, where not the cluster's.")
+    push_to_hub: str | None = Field(
+        default=None, description="org/name of the hub: the model is published there when the run's gates of it hold."
+    )
+    hub_private_repo: bool | None = Field(
+        default=None, description="Whether it is made private; where absent, as the account has it."
+    )
 
     accepts: ClassVar[dict[str, tuple[ArtifactKind, ...]]] = {"model": ("model",)}
     task: ClassVar[Task]
@@ -86,6 +93,14 @@ class TrainStage(Stage):
     def _deepspeed(cls, value: str | None) -> str | None:
         deepspeed_config(value)
         return value
+
+    @model_validator(mode="after")
+    def _hub(self) -> TrainStage:
+        if self.push_to_hub is not None and (problem := repository_problem(self.push_to_hub)):
+            raise ValueError(f"push_to_hub: {problem}")
+        if self.hub_private_repo is not None and self.push_to_hub is None:
+            raise ValueError("hub_private_repo wants a name: `push_to_hub: org/name`")
+        return self
 
     @model_validator(mode="after")
     def _evaluation(self) -> TrainStage:
