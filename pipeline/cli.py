@@ -129,12 +129,9 @@ def status(run: RunPath) -> None:
 @app.command()
 def report(run: RunPath) -> None:
     """Write the run's HTML report again and print its path."""
-    from pipeline.artifacts import RunFolder
-    from pipeline.report import write_report
+    from pipeline.report import report_again
 
-    folder = RunFolder.open(run)
-    write_report(folder)
-    print(folder.path / "report.html")
+    print(report_again(run))
 
 
 @app.command()
@@ -171,18 +168,72 @@ def push(
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Option(help="Hub id or folder of the base model.")],
-    data: Annotated[list[str], typer.Option(help="Conversations: file, glob or folder. May be given several times.")],
-    preference: Annotated[list[str] | None, typer.Option(help="Preference pairs, for reward and DPO stages.")] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hub id or folder of the base model; tiny: a fresh small one, which needs no hub and trains on a laptop."
+        ),
+    ] = "tiny",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to learn from (.jsonl, .json, .csv, also .gz, .parquet): file, glob, folder or hf://name. May be given "
+            "several times."
+        ),
+    ] = None,
+    preference: Annotated[
+        list[str] | None,
+        typer.Option(help="Preference pairs, or answers with a label, for a DPO or KTO stage after SFT."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NEW=OLD", help="What a column of the data is: prompt=question. May be given several times."
+        ),
+    ] = None,
+    convert: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Convert a configuration of TRL, LLaMA-Factory or axolotl instead."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The spec to write.")] = Path("spec.yaml"),
 ) -> None:
-    """Write a complete, commented spec from a model and data files."""
-    from pipeline.template import write_spec
+    """Write a commented spec that runs: from data and a model, or from another tool's configuration."""
+    if convert is not None:
+        from pipeline.converter import write_converted
 
-    write_spec(out, model, data, preference or [])
-    console.print(
-        f"written: {out}; look at the data with `raylign inspect {out}`, then `raylign run {out}`", highlight=False
-    )
+        if data or preference or columns or model != "tiny":
+            raise typer.BadParameter("goes alone: model and data are those of the file", param_hint="--from")
+        lines = write_converted(convert, out)
+    elif not data and not preference:
+        raise typer.BadParameter(
+            "what to learn from is wanted: raylign init --data FILE, or --from THEIR.yaml", param_hint="--data"
+        )
+    else:
+        from pipeline.starter import write_starter
+
+        pairs = [each.partition("=") for each in columns or []]
+        if wrong := next((new + old for new, equals, old in pairs if not (new and equals and old)), None):
+            raise typer.BadParameter(
+                f"{wrong}: write it as NEW=OLD, for example prompt=question", param_hint="--columns"
+            )
+        lines = write_starter(out, model, data or [], preference or [], {new: old for new, _, old in pairs})
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine and its cluster have for training, what is missing, and the command for it."""
+    from pipeline.doctor import examine, render
+
+    found = examine()
+    if as_json:
+        print(json.dumps({"checks": [check.as_json() for check in found]}, indent=1))
+    else:
+        console.print(render(found), soft_wrap=True)
+    raise typer.Exit(int(any(check.state == "problem" for check in found)))
 
 
 @app.command()
@@ -203,11 +254,20 @@ def submit(
 
 
 @app.command()
-def schema() -> None:
-    """The spec's JSON Schema, for editors."""
+def schema(
+    out: Annotated[
+        Path | None, typer.Option(help="Write it to a file; `raylign init` writes .raylign-schema.json.")
+    ] = None,
+) -> None:
+    """The spec's JSON Schema, for editors: a spec names it in its first line, `# yaml-language-server: $schema=FILE`."""
     from pipeline.spec import json_schema
 
-    print(json.dumps(json_schema(), indent=1))
+    text = json.dumps(json_schema(), indent=1)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
+        console.print(f"written: {out}", highlight=False)
 
 
 def main() -> None:

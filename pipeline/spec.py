@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.sweep import Sweeps, fold
-from stages import KINDS, Stage
+from stages import KINDS, Stage, own
 from stages.base import Config, Workers
+from stages.data.records import FORMATS
 from stages.data.tokenizer import read_chat_template
 from stages.tracking import ReportTo
 
@@ -122,12 +123,23 @@ class Spec(Config):
 class Head(Config):
     """The spec without its stages, which are validated one by one so that each one's mistakes are told."""
 
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    model: str | ModelInit
-    storage: str = "runs"
-    seed: int = 0
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The run's, and that of its folder; by default the file's name.",
+    )
+    model: str | ModelInit = Field(
+        description="What stages without a `model` start from: a hub id, a folder, or {init: ...} for a fresh small model."
+    )
+    storage: str = Field(
+        default="runs",
+        description="Where runs are kept: a folder, on a cluster one that every node mounts, or a bucket.",
+    )
+    seed: int = Field(default=0, description="Of all that is drawn: order of rows, weights of new heads, samples.")
     cluster: Cluster = Cluster()
-    chat_template: str | None = None
+    chat_template: str | None = Field(
+        default=None, description="chatml, hermes, or a file, in the place of the model's own."
+    )
     allow_pickle: bool = Field(
         default=False, description="Take models whose weights are pickles (pytorch_model.bin), not safetensors."
     )
@@ -143,24 +155,73 @@ class Head(Config):
     )
 
 
+VARIABLE = r"^\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}$"  # a value of the environment, whatever type it has in the end
+OWN = {"type": "string", "pattern": f"^{own.NAMED.pattern}$"}  # the user's own, as module:name
+SHARE = {
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "string", "pattern": r"^[0-9.]+\s*%$|^\$\{"},
+    ]
+}
+
+
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a spec, for editors."""
+    """The JSON Schema of a spec, for editors.
+
+    It is of draft 7, which all of them know; a stage's keys are those of its `kind`, by `if` and `then`, so that a mistake is
+    told of the one kind that is meant. What only reading the spec can tell (files, references, clashes) is not in it.
+    """
     schema = Head.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    variants = {}
     for kind, cls in KINDS.items():
         part = cls.model_json_schema()
         definitions.update(part.pop("$defs", {}))
         part["required"] = sorted({*part.get("required", []), "kind"})
-        definitions[f"{kind} stage"] = part
-        variants[kind] = f"#/$defs/{kind} stage"
+        definitions[f"{kind}-stage"] = part
+    fresh = definitions["init-stage"]
+    definitions["ModelInit"]["properties"]["init"] = fresh | {
+        "properties": {k: v for k, v in fresh["properties"].items() if k not in ("kind", "sweep")},
+        "required": [k for k in fresh["required"] if k != "kind"],
+    }
+    of_data = definitions["DataSource"]["properties"]
+    of_data["format"] = {"anyOf": [{"enum": [*FORMATS, None]}, OWN], "description": of_data["format"]["description"]}
     schema["properties"]["stages"] = {
         "type": "object",
         "minProperties": 1,
+        "propertyNames": {"pattern": "^[a-z][a-z0-9_-]*$"},
         "additionalProperties": {
-            "oneOf": [{"$ref": ref} for ref in variants.values()],
-            "discriminator": {"propertyName": "kind", "mapping": variants},
+            "type": "object",
+            "required": ["kind"],
+            "properties": {"kind": {"anyOf": [{"enum": list(KINDS)}, OWN], "description": "What the stage does."}},
+            "allOf": [
+                {
+                    "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
+                    "then": {"$ref": f"#/$defs/{kind}-stage"},
+                }
+                for kind in KINDS
+            ],
         },
     }
     schema["required"] = ["model", "stages"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Raylign spec"}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Raylign spec"} | _for_editors(schema)
+
+
+def _for_editors(node: Any) -> Any:
+    """Without what only clutters an editor (titles, defaults of nothing); `${VARIABLE}` may stand for any number or truth."""
+    if isinstance(node, list):
+        return [_for_editors(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if {"ge", "le"} & node.keys():  # a share: pydantic has no JSON Schema for what is read before it is checked
+        return SHARE | {"description": node["description"]} if "description" in node else SHARE
+    out = {}
+    for key, value in node.items():
+        if key in ("properties", "$defs"):
+            out[key] = {name: _for_editors(part) for name, part in value.items()}
+        elif key in ("title", "discriminator") or (key == "default" and (value is None or isinstance(value, dict))):
+            continue
+        else:
+            out[key] = value if key in ("enum", "const", "required", "default") else _for_editors(value)
+    if out.get("type") in ("integer", "number", "boolean"):
+        return out | {"type": [out["type"], "string"], "pattern": VARIABLE}
+    return out

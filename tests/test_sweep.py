@@ -226,7 +226,7 @@ def test_python_makes_the_same_spec(spec: Path, data: Path, model: str) -> None:
 
 def test_the_schema_knows_sweeps_of_every_kind() -> None:
     definitions = json_schema()["$defs"]
-    assert all("sweep" in definitions[f"{kind} stage"]["properties"] for kind in KINDS)
+    assert all("sweep" in definitions[f"{kind}-stage"]["properties"] for kind in KINDS)
 
 
 # ------------------------------------------------------------------------------------------------ mistakes

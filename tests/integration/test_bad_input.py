@@ -134,8 +134,11 @@ def test_init_writes_a_spec_that_is_valid_and_says_what_it_cannot_read(tmp_path:
     done = raylign(tmp_path, "plan", "spec.yaml")
     assert done.returncode == 0, done.stderr
     assert raylign(tmp_path, *arguments).returncode == 2  # it would overwrite
-    done = raylign(tmp_path, "init", "--model", model, "--data", str(data / "pairs.jsonl"), "--out", "other.yaml")
-    assert done.returncode == 2 and "conversations are wanted here" in done.stderr
+    done = raylign(tmp_path, "init", "--model", model, "--preference", str(data / "chats.jsonl"), "--out", "other.yaml")
+    assert done.returncode == 2 and "give them as --data" in done.stderr
+    assert raylign(tmp_path, "init", "--out", "other.yaml").returncode == 2  # of what?
+    done = raylign(tmp_path, "init", "--from", "spec.yaml", "--out", "other.yaml")
+    assert done.returncode == 2 and "a spec of raylign needs no conversion" in done.stderr
 
 
 def test_submit_says_what_is_wrong_before_it_connects(tmp_path: Path, spec: str) -> None:
