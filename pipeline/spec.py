@@ -145,7 +145,8 @@ class Head(Config):
     )
     report_to: ReportTo = Field(
         default="tensorboard",
-        description="Who is told of the stages' metrics: tensorboard (files in the run folder), mlflow, wandb, a list, or none.",
+        description="Who is told of the stages' metrics: tensorboard (files in the run folder), mlflow, wandb, a list, or "
+        "none.",
     )
     project: str | None = Field(
         default=None,
