@@ -24,7 +24,7 @@ from pipeline.plan import (
     with_made_data,
 )
 from pipeline.progress import Terminal
-from pipeline.report import write_report
+from pipeline.report import LiveReport
 from pipeline.stage_log import telling_lines
 from pipeline.stage_process import StageJob, send
 from pipeline.tracking import PATIENCE_S, Tracking, tracking_problems
@@ -78,6 +78,7 @@ class _Run:
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
         self.state: dict[str, Any] = {}
+        self.report = LiveReport(self.folder, terminal.note)
 
     def carry_out(self) -> None:
         try:
@@ -93,6 +94,7 @@ class _Run:
             while self._start_ready() or self.running:
                 self._watch()
                 self.cluster.check()
+                self.report.follow()
                 time.sleep(0.05)
             self.failed |= push_stages(self.plan, self.state["stages"], self.terminal.note)
             self._end("failed" if self.failed else "done")
@@ -140,6 +142,7 @@ class _Run:
                 "kind": planned.stage.kind,
                 "fingerprint": planned.fingerprint,
                 "state": "waiting",
+                "inputs": [ref for refs in planned.inputs.values() for ref in refs],
             }
             if planned.state == "cached":
                 self.folder.recall(planned.name, planned.fingerprint)
@@ -183,6 +186,8 @@ class _Run:
     def _set(self, name: str, **values: Any) -> None:
         self.state["stages"][name].update(values)
         self.folder.save_state(self.state)
+        if "state" in values:
+            self.report.change()
 
     def _end(self, state: str) -> None:
         for record in self.state["stages"].values():
@@ -190,7 +195,7 @@ class _Run:
                 record["state"] = "not run"
         self.state |= {"state": state, "finished": time.time()}
         self.folder.save_state(self.state)
-        write_report(self.folder)
+        self.report.write(final=True)
         self.tracking.end(5.0 if state == "interrupted" else PATIENCE_S)
 
     # -- starting
@@ -322,7 +327,6 @@ class _Run:
         self._set(name, state="done", seconds=seconds)
         if self._judge(planned):
             self.terminal.stage(name, "done", seconds=seconds, metrics=manifest["metrics"])
-        write_report(self.folder)
 
     def _fail(self, running: Running, cause: str) -> None:
         name, log = running.planned.name, self.folder.log(running.planned.name)

@@ -42,8 +42,8 @@ LOWER = ("loss", "calibration_error")
 def cell(metrics: Mapping[str, Any], name: str) -> str:
     """A metric as a table shows it; nothing where it is not there."""
     value, error = metrics.get(name), metrics.get(f"{name}_stderr")
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):
+        return value or ""
     if name == "answer_tokens":
         return f"{value:.1f}"
     return (f"{100 * value:.1f}%" if name in SHARES else number(value)) + (f" ±{number(error)}" if error else "")
@@ -119,14 +119,24 @@ class SweepTable:
 def sweep_tables(folder: RunFolder) -> list[SweepTable]:
     """A table for each sweep of which a variant is published."""
     state = folder.state()
-    made = {name: published(folder, name, record) for name, record in state.get("stages", {}).items()}
-    compared = evaluations(folder)
+    made = {name: published(folder, name, record) or {} for name, record in state.get("stages", {}).items()}
+    own = {name: manifest.get("metrics", {}) for name, manifest in made.items()}
+    compared = {name: manifest["metrics"] for name, manifest in evaluations(folder)}
+    return sweeps_of(state.get("sweeps", {}), own, compared)
+
+
+def sweeps_of(
+    sweeps: Mapping[str, dict[str, dict[str, Any]]],
+    own: Mapping[str, Mapping[str, Any]],
+    compared: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[SweepTable]:
+    """The same from metrics: `own` by stage, `compared` by evaluation and model."""
     tables = []
-    for name, variants in state.get("sweeps", {}).items():
-        columns = _own_columns([(made[v] or {}).get("metrics", {}) for v in variants])
-        for evaluation, manifest in compared:
+    for name, variants in sweeps.items():
+        columns = _own_columns([own.get(v, {}) for v in variants])
+        for evaluation, metrics in compared.items():
             where = f"{evaluation}: " if len(compared) > 1 else ""
-            seen = [manifest["metrics"].get(v, {}) for v in variants]
+            seen = [metrics.get(v, {}) for v in variants]
             columns += [(key, f"{where}{said}", seen) for key, said in COLUMNS.items()]
         columns = [(k, said, seen) for k, said, seen in columns if any(isinstance(m.get(k), int | float) for m in seen)]
         if columns:
@@ -170,7 +180,7 @@ def _sweep_table(name: str, variants: dict[str, dict[str, Any]], columns: list[C
 
 def _best(metric: str, values: list[Any]) -> list[int]:
     """Which values are the best, where they differ."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if isinstance(value, int | float)]
     if metric not in HIGHER + LOWER or len(set(known)) < 2:
         return []
     best = max(known) if metric in HIGHER else min(known)

@@ -104,7 +104,7 @@ def test_warnings_of_the_stages_themselves_are_shown(tmp_path: Path) -> None:
     assert "dpo: answers run away" in shown(folder)
     write_report(folder)
     page = (tmp_path / "report.html").read_text()
-    assert "<p>answers run away</p>" in page and "dpo: &lt;b&gt;longer" in page
+    assert "<li>answers run away</li>" in page and "dpo: &lt;b&gt;longer" in page
 
 
 def test_what_is_told_of_reinforcement_learning(tmp_path: Path) -> None:
