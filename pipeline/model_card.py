@@ -6,14 +6,14 @@ and no row of the data.
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.artifacts import SHORT, RunFolder, read_json
+from pipeline.markdown import cell, code, public, table
 from pipeline.progress import number
 from pipeline.tables import COLUMNS, SHARES, evaluations, said_of
 from pipeline.tracking import flat
@@ -92,40 +92,6 @@ def lineage(folder: RunFolder, manifest: Manifest) -> list[Manifest]:
 
 
 # ------------------------------------------------------------------------------------------------ words
-
-
-def public(value: Any) -> Any:
-    """A value of a config without where it lies: of a path or address its last part; of the hub's names all."""
-    if isinstance(value, dict):
-        return {key: public(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [public(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    bare = value.removeprefix(SCHEME)
-    if os.path.isabs(bare) or ("://" in value and not value.startswith(SCHEME)):
-        return bare.split("?")[0].rstrip("/").rpartition("/")[2]
-    return value
-
-
-def cell(value: Any) -> str:
-    """A value as a cell of a table, and as no Markdown or HTML of its own."""
-    text = value if isinstance(value, str) else number(value) if value is not None else ""
-    text = re.sub(r"(?<![\w:/])/(?:[\w.+-]+/)+([\w.+-]+)", r"\1", " ".join(text.split()))
-    return re.sub(r"([|\\`*_\[\]])", r"\\\1", html.escape(text, quote=False))
-
-
-def code(value: Any) -> str:
-    """A value in backticks, in a table too."""
-    text = value if isinstance(value, str) else repr(value)
-    return "`" + " ".join(text.replace("`", "'").split()).replace("|", "\\|") + "`"
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Headings that begin with `#` are of numbers."""
-    said = list(headings)
-    lines = [[h.removeprefix("#") for h in said], ["---:" if h.startswith("#") else "---" for h in said], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def short(fingerprint: str) -> str:
@@ -311,7 +277,9 @@ def _training(chain: list[Manifest]) -> str:
             *_reference(manifest),
         ]
         given = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
-        settings = ", ".join(code(f"{key}: {public(value)}") for key, value in flat(given).items())
+        settings = ", ".join(
+            code(f"{key}: {public(value)}") for key, value in flat(given).items() if key != "train.report_to"
+        )
         parts.append(f"### {cell(manifest['name'])}: {method(manifest)}")
         if rows := [[name, said] for name, said in facts if said]:
             parts.append(table(["", ""], rows))

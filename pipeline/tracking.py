@@ -28,7 +28,8 @@ from stages.tracking import missing_tracker, trackers
 RECORD = "tracking.json"
 BOARDS = "tensorboard"
 EVENTS = "events.out.tfevents"  # what TensorBoard takes for its own
-PATIENCE_S = 20.0  # that the end of a run waits for its trackers
+# That the end of a run waits for its trackers; one that is down says so sooner.
+PATIENCE_S = float(os.environ.get("RAYLIGN_TRACKER_SECONDS") or 60)
 NOT_VALUES = ("step", "time")
 HAS_IT_ALL = "metrics.jsonl of each stage has everything"
 

@@ -366,7 +366,9 @@ def test_two_models_for_one_repository(folder: Path) -> None:
     source = text.split("data: [{path: ")[1].split("}")[0]
     two = f"  two: {{kind: sft, data: [{{path: {source}}}], push_to_hub: org/cards}}\n"
     (folder / "spec.yaml").write_text(text.replace("  eval:\n", two + "  eval:\n"))
-    with pytest.raises(SpecError, match=r"stages\.two\.push_to_hub: org/cards is where stages.sft is pushed; one model"):
+    with pytest.raises(
+        SpecError, match=r"stages\.two\.push_to_hub: org/cards is where stages.sft is pushed; one model"
+    ):
         load_spec(folder / "spec.yaml")
 
 

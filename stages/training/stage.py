@@ -54,9 +54,9 @@ class TrainStage(Stage):
     model: str | None = Field(
         default=None, description="stages.NAME, a folder or a hub id; the spec's model if absent."
     )
-    data: list[DataSource] = Field(min_length=1)
+    data: list[DataSource] = Field(min_length=1, description="What it is trained on.")
     train: TrainConfig
-    tuning: Annotated[Full | Lora | QLora, Field(discriminator="method")] = Full()  # type: ignore[valid-type]
+    tuning: Annotated[Full | Lora | QLora, Field(discriminator="method", description="What is trained.")] = Full()  # type: ignore[valid-type]
     mask: Mask = Mask()
     truncation: Truncation = Field(
         default="drop",

@@ -65,7 +65,7 @@ def manifest(folder: Path, stage: str) -> dict[str, Any]:
 def test_the_run_folder(finished: Path) -> None:
     run = finished / "runs" / "chain"
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
-        "spec.yaml", "run.json", "report.html", "logs", "base", "sft", "reward", "dpo", "eval",
+        "spec.yaml", "run.json", "report.html", "logs", "tensorboard", "base", "sft", "reward", "dpo", "eval",
     }  # fmt: skip
     for stage in ("sft", "reward", "dpo"):
         for file in ("manifest.json", "metrics.jsonl", "ledger.json", "model/config.json", "model/model.safetensors"):
