@@ -244,6 +244,7 @@ def check_shared(folder: Path, node_ids: Iterable[str]) -> None:
     if not others:
         return
     marker = folder / f".shared-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
 
     def sees(marker: str) -> bool:  # goes to the workers by value: importing ours takes seconds

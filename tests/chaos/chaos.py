@@ -362,7 +362,7 @@ def disturbed(fault: str, seed: int, undisturbed: Path) -> Outcome:
                 time.sleep(0.05)
             out = scene.command.communicate()[0]
             code = scene.command.returncode
-            error = next((line for line in out.splitlines() if line.startswith(("error:", "stage "))), "")[:90]
+            error = next((line for line in out.splitlines() if line.startswith("error:")), "")[:90]
             outcome.attempts.append((code, time.monotonic() - began, error))
             after = published(scene.runs())
             assert before.items() <= after.items(), f"{outcome}: published stages were lost: {before} -> {after}"

@@ -149,7 +149,10 @@ def nodes_of_their_own(cache: Path, count: int) -> Iterator[str]:
     )  # fmt: skip
     started = []
     try:
-        for _ in range(count):
+        import ray
+
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        for number in range(count):  # one after another: Ray gives a node 30 s to start
             start = (
                 f"mount -t tmpfs tmpfs {cache} && exec {sys.executable} -m ray.scripts.scripts start --block"
                 f" --address={cluster.address} --num-cpus=1 --object-store-memory={STORE} --disable-usage-stats"
@@ -159,16 +162,14 @@ def nodes_of_their_own(cache: Path, count: int) -> Iterator[str]:
                     ["unshare", "--mount", "sh", "-c", start], stdout=subprocess.DEVNULL, start_new_session=True
                 )
             )
-        deadline = time.time() + 60
-        import ray
-
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        while len([n for n in ray.nodes() if n["Alive"]]) <= count:
-            assert time.time() < deadline, ray.nodes()
-            time.sleep(0.2)
+            deadline = time.time() + 120
+            while len([n for n in ray.nodes() if n["Alive"]]) < number + 2:
+                assert time.time() < deadline and started[-1].poll() is None, ray.nodes()
+                time.sleep(0.2)
         ray.shutdown()
         yield cluster.address
     finally:
+        ray.shutdown()
         for process in started:
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 child.kill()
