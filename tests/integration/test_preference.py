@@ -45,7 +45,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> d
 SHARED = [
     ("dpo", 1, {"train": train(2, gradient_accumulation_steps=4)}),
     ("dpo", 2, {"train": train(2, gradient_accumulation_steps=2), "deepspeed": "zero3"}),
-    ("kto", 2, {"train": train(2, gradient_accumulation_steps=2)}),
+    pytest.param("kto", 2, {"train": train(2, gradient_accumulation_steps=2)}, marks=pytest.mark.slow),
     pytest.param(
         "kto", 1, {"train": train(4, gradient_accumulation_steps=2), "deepspeed": "zero2"}, marks=pytest.mark.slow
     ),

@@ -213,6 +213,7 @@ def test_a_killed_worker_of_two(ray_address: str, tmp_path: Path, dropping: str,
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_again_and_again(
     ray_address: str,
     tmp_path: Path,
@@ -259,7 +260,8 @@ def test_a_worker_that_stands_still_is_named_and_replaced(
     assert_same(tmp_path / "whole", tmp_path / "standing")
 
 
-@pytest.mark.parametrize("deepspeed", [None, pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [None, "zero3"])
 def test_fewer_workers_where_there_is_room_for_fewer_and_more_when_there_is_more(
     ray_address: str, tmp_path: Path, model: str, data: Path, deepspeed: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

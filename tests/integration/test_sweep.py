@@ -31,6 +31,8 @@ stages:
     data: [{{path: {data}/heldout.jsonl}}, {{path: {data}/pairs.jsonl}}]
     max_new_tokens: 12
 """
+pytestmark = pytest.mark.slow  # three trainings beside each other; tests/test_sweep.py has what needs none
+
 VARIANTS = [f"dpo-beta-{beta}" for beta in (0.05, 0.1, 0.3)]
 
 
