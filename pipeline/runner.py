@@ -290,7 +290,6 @@ class _Run:
     def _finish(self, running: Running, code: int) -> None:
         name, planned, work = running.planned.name, running.planned, running.work
         self.tracking.follow(name, work)
-        self.tracking.finish(name)
         result = read_json(work / "result.json")
         if code != 0 or result is None:
             if running.checker is not None:
@@ -321,6 +320,8 @@ class _Run:
         }
         push(self.folder.log(name))
         self.folder.publish(name, manifest)
+        self.tracking.follow(name, self.folder.stage(name))  # what another node wrote into a bucket has come with it
+        self.tracking.finish(name)
         for file in ("result.json", "events.jsonl", PROBES):
             (self.folder.stage(name) / file).unlink(missing_ok=True)
         self.done.add(name)
