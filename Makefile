@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-cluster check lock clean
+.PHONY: install demo test test-slow test-cluster test-chaos check lock clean
 
 install: $(STAMP)
 
@@ -26,6 +26,10 @@ test: install
 # Several nodes, an autoscaler, an object store, jobs, and faults at random (`python -m tests.chaos.chaos --runs 20` for more of those).
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster
+
+# A worker, a driver and a node killed at random moments: what CI runs of `tests/chaos`.
+test-chaos: install
+	$(BIN)/python -m pytest tests/chaos -k "worker or driver or node"
 
 # BUDGET: minutes after which no further one is begun.
 test-slow: install

@@ -242,7 +242,7 @@ def write_chain(folder: Path, storage: str = "runs") -> None:
         "sft": {"kind": "sft", "data": [{"path": "rows.jsonl"}], "train": train | {"num_train_epochs": 2}, "deepspeed": "zero2"},
         "dpo": {"kind": "dpo", "model": "stages.sft", "data": [{"path": "pairs.jsonl"}], "train": train | {"num_train_epochs": 1}},
         "eval": {"kind": "evaluate", "models": ["stages.sft", "stages.dpo"], "data": [{"path": "rows.jsonl"}],
-                 "max_new_tokens": 8},
+                 "max_new_tokens": 8, "workers": 1},
     }  # fmt: skip
     spec = {
         "name": "chaos", "storage": storage, "cluster": {"workers": 2, "stall_minutes": STALL_MINUTES, "wait_minutes": 2},
