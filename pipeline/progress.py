@@ -66,6 +66,7 @@ class Line:
     done: int = 0
     total: int | None = None
     since: tuple[float, int] = (0.0, 0)  # the time of the phase's first progress, and how far it was then
+    at: float = 0.0  # the time of the last
 
     def event(self, event: dict[str, Any]) -> None:
         """Take what the stage has reported (stages/base.py, Reporter)."""
@@ -77,6 +78,7 @@ class Line:
         else:
             if not self.unit or event["done"] < self.done:  # also where training has gone back to a checkpoint
                 self.since = (event.get("time", time.time()), event["done"])
+            self.at = event.get("time", time.time())
             self.done, self.total, self.unit = event["done"], event["total"], event["unit"]
             known = [key for key in ("loss", "reward", "kl") if event.get(key) is not None]
             self.values = "  ".join(f"{key} {event[key]:.3f}" for key in known)
@@ -88,7 +90,7 @@ class Line:
 
     def rate(self) -> float | None:
         """Units a second since the phase's first progress, which may be that of a run that is gone on with."""
-        seconds, units = time.time() - self.since[0], self.done - self.since[1]
+        seconds, units = self.at - self.since[0], self.done - self.since[1]
         return units / seconds if units > 0 and seconds > 0.5 else None
 
     def pace(self) -> str:
@@ -199,7 +201,9 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """A line that is of no stage; above the tree in a terminal. May be called from any thread."""
-        self.console.print(f"[dim]{time.time() - self.started:7.1f} s[/]  {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[dim]{time.time() - self.started:7.1f} s[/]  {escape(text)}", highlight=False, soft_wrap=True
+        )
 
     def _say(self, text: str) -> None:
         """A line for a log; a terminal shows it in the tree."""

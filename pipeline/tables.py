@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifacts import RunFolder
-from pipeline.progress import brief, number
+from pipeline.progress import Line, brief, number, read_events
 from pipeline.sweep import labels, text
 from stages.data.encode import WARNINGS
 from stages.training.memory import PARTS
@@ -71,10 +71,21 @@ def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
                 "left_out": sum(ledger.get("reasons", {}).values()) if ledger else None,
                 "steps": (manifest or {}).get("steps"),
                 "metrics": (record.get("error") or record.get("waiting") or "").split("\n")[0]
-                or brief((manifest or {}).get("metrics", {})),
+                or brief((manifest or {}).get("metrics", {}))
+                or _at(folder, name, record),
             }
         )
     return rows
+
+
+def _at(folder: RunFolder, name: str, record: dict[str, Any]) -> str:
+    """How far a running stage is."""
+    if record["state"] != "running":
+        return ""
+    line = Line(record["kind"], [], 0)
+    for event in read_events(folder.work(name, record["fingerprint"]) / "events.jsonl"):
+        line.event(event)
+    return line.progress()
 
 
 def warnings(folder: RunFolder) -> list[str]:

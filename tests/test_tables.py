@@ -191,3 +191,18 @@ def test_more_stages_than_the_terminal_has_lines() -> None:
     console.print(terminal._tree())
     text = console.export_text()
     assert "variant-12" in text and "and 13 more: 3 done, 10 waiting" in text and len(text.splitlines()) == 8
+
+
+def test_the_state_of_a_running_stage_says_how_far_it_is(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"sft": {}}, {})
+    state = folder.state()
+    state["stages"]["sft"] |= {"state": "running", "fingerprint": "new"}
+    folder.save_state(state)
+    work = folder.work("sft", "new")
+    work.mkdir(parents=True)
+    told = [
+        {"phase": "train"},
+        *({"time": 10.0 * n, "done": 20 * n, "total": 100, "unit": "step", "loss": 2.0} for n in (1, 2)),
+    ]
+    (work / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told) + '{"done": 41')
+    assert "train 40/100 steps  loss 2.000  2 steps/s, 0:30 left" in shown(folder)
