@@ -27,9 +27,9 @@ test: install
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster
 
-# A worker, a driver and a node killed at random moments: what CI runs of `tests/chaos`.
+# A worker and a node killed at random moments: what CI runs of `tests/chaos`.
 test-chaos: install
-	$(BIN)/python -m pytest tests/chaos -k "worker or driver or node"
+	$(BIN)/python -m pytest tests/chaos -k "worker or node"
 
 # BUDGET: minutes after which no further one is begun.
 test-slow: install

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from stages.base import Config, Stage, StageContext, StageResult
+from stages.cache import kept
 from stages.data.chat import CHATML, ChatEncoder, TokenizerSpec
 from stages.data.records import Conversation, Labelled, Preference, Prompt, Record, Rejected, Text, normalise
 from stages.data.source import BadRow, DataSource, find_files, read_file, resolve_formats, shaped
@@ -67,15 +69,32 @@ def model_config(fields: dict[str, Any], tokenizer: Any) -> Any:
 
 def config_problems(fields: dict[str, Any]) -> dict[str, str]:
     """Key -> what is wrong with it, for `config`: a model type transformers has not got, or a key its config does not know."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    kind = fields.get("model_type", "llama")
-    if kind not in CONFIG_MAPPING_NAMES:
-        return {"model_type": f"transformers has no model type {kind!r}{nearest(str(kind), CONFIG_MAPPING_NAMES)}"}
-    config = AutoConfig.for_model(kind)
-    known = {*config.to_dict(), *config.attribute_map, "rope_theta", "rope_scaling", "model_type"}
+    kind = str(fields.get("model_type", "llama"))
+    told = config_keys(kind)
+    if "known" not in told:
+        return {"model_type": f"transformers has no model type {kind!r}{nearest(kind, told['types'])}"}
+    known = told["known"]
     return {key: f"unknown key of a {kind} config{nearest(key, known)}" for key in fields if key not in known}
+
+
+def config_keys(kind: str) -> dict[str, list[str]]:
+    """The keys of a config of transformers as `known`; where it has no such model type its `types`.
+
+    Kept, since transformers imports torch for its configs: seconds, before a misspelt key is told.
+    """
+
+    def find() -> dict[str, list[str]]:
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if kind not in CONFIG_MAPPING_NAMES:
+            return {"types": list(CONFIG_MAPPING_NAMES)}
+        config = AutoConfig.for_model(kind)
+        return {"known": sorted({*config.to_dict(), *config.attribute_map, "rope_theta", "rope_scaling", "model_type"})}
+
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", kind):
+        return find()  # no name of a file
+    return kept(f"config-{importlib.metadata.version('transformers')}-{kind}", find)
 
 
 def train_tokenizer(sources: Sequence[DataSource], vocab_size: int, chat_template: str) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.report.curves import Chart, summary, value
 from pipeline.report.words import number
+from stages.cache import cache_folder
 
 PACKAGE = "vl-convert-python"
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the script is to leave behind
@@ -210,7 +211,7 @@ class Library:
         except importlib.metadata.PackageNotFoundError:
             self.problem = f"charts are missing: pip install {PACKAGE}, then `raylign report` once more"
             return
-        self.folder = folder or _cache()
+        self.folder = folder or cache_folder()
         mark = hashlib.sha256(f"{version} {SNIPPET}".encode()).hexdigest()[:12]
         self.file = self.folder / f"vega-{mark}.js.gz.b64"
         if not self.file.is_file():
@@ -266,9 +267,3 @@ class Library:
             self.process = None
         if self.temporary is not None and (self.temporary.parent != self.folder or not self.file.is_file()):
             self.temporary.unlink(missing_ok=True)
-
-
-def _cache() -> Path:
-    """Where it is kept. A user without a home has no such place: nothing can be made below the null device."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("RAYLIGN_CACHE") or (Path(home) / "raylign" if os.path.isabs(home) else os.devnull))
