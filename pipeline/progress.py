@@ -158,6 +158,7 @@ class Terminal:
         *,
         seconds: float = 0,
         metrics: dict[str, Any] | None = None,
+        why: str = "",
         resumed: bool = False,
     ) -> None:
         """A stage has come to a state: cached, running, done or failed."""
@@ -167,9 +168,9 @@ class Terminal:
             line.began = time.time()
             self._say(f"{name}: {'goes on where it was' if resumed else 'started'} ({line.kind})")
             return
-        line.said = brief(metrics or {})
+        line.said = why.split("\n")[0] or brief(metrics or {})
         tail = {"cached": "unchanged", "done": f"done in {seconds:.1f} s", "failed": "failed"}[state]
-        self._say(f"{name}: [{STYLES[state]}]{tail}[/]" + (f"  ({line.said})" if line.said else ""))
+        self._say(f"{name}: [{STYLES[state]}]{tail}[/]" + (f"  ({escape(line.said)})" if line.said else ""))
 
     def phase(self, name: str) -> str:
         """What a running stage is at."""
@@ -242,7 +243,7 @@ class Terminal:
             )
             said = line.waits or f"{line.progress()}  ({took})"
             return (self.spinner, *head, bar, Text(said))
-        time_taken = Text(f"{line.seconds:.1f} s" if line.state in ("done", "failed") else "", style="dim")
+        time_taken = Text(f"{line.seconds:.1f} s" if line.seconds else "", style="dim")
         needs = [n for n in line.needs if self.lines[n].state not in ("done", "cached")]
         said = f"after {', '.join(needs)}" if line.state == "waiting" and needs else line.said
         return (

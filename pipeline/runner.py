@@ -180,7 +180,7 @@ class _Run:
             cause = "gate not met: " + "; ".join(broken)
             self.failed[planned.name] = f"stage {planned.name}: {cause}"
             self._set(planned.name, state="failed", error=cause)
-            self.terminal.stage(planned.name, "failed")
+            self.terminal.stage(planned.name, "failed", why=cause)
         return not broken
 
     def _set(self, name: str, **values: Any) -> None:
@@ -336,8 +336,9 @@ class _Run:
         )
         self.failed[name] = message
         push(log)
-        self._set(name, state="failed", error=cause, seconds=round(time.time() - running.started, 2))
-        self.terminal.stage(name, "failed")
+        seconds = round(time.time() - running.started, 2)
+        self._set(name, state="failed", error=cause, seconds=seconds)
+        self.terminal.stage(name, "failed", seconds=seconds, why=cause)
 
     def _stop_all(self) -> None:
         for name, running in self.running.items():
