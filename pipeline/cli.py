@@ -157,7 +157,9 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="As the account has it where neither is said.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and print the card; nothing is sent.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and print the card; nothing is sent.")
+    ] = False,
 ) -> None:
     """Publish a model of a run on the Hugging Face hub, with a card that says where it comes from and what was found of it."""
     from pipeline.hub import push_by_hand

@@ -281,7 +281,10 @@ def test_workers_share_it(
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
-        ("raises", r"group_rewards:raises raised KeyError: 'topic' \(line \d+ of group_rewards.py\), for 32 answers, prompts.jsonl, row"),
+        (
+            "raises",
+            r"group_rewards:raises raised KeyError: 'topic' \(line \d+ of group_rewards.py\), for 32 answers, prompts.jsonl, row",
+        ),
         ("too_few", "group_rewards:too_few returned 1 rewards for 32 answers"),
     ],
 )

@@ -209,7 +209,10 @@ def test_steps_are_left_out_where_the_policy_has_moved_enough(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("ppo_rewards:raises", r"ppo_rewards:raises raised ValueError: no \(line \d+ of ppo_rewards.py\), .*chats.jsonl, row \d+"),
+        (
+            "ppo_rewards:raises",
+            r"ppo_rewards:raises raised ValueError: no \(line \d+ of ppo_rewards.py\), .*chats.jsonl, row \d+",
+        ),
         ("ppo_rewards:nan", r"ppo_rewards:nan gave nan for chats.jsonl, row \d+"),
         ("ppo_rewards:short", r"returned 1 rewards for \d+ answers"),
         ("ppo_rewards:gone", r"the module ppo_rewards has no 'gone'"),
