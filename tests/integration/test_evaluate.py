@@ -59,6 +59,7 @@ def floats(metrics: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if isinstance(v, float)}
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_figures_of_one(tmp_path: Path, models: list[Artifact], data: Path) -> None:
     """20 conversations, 37 pairs and 13 samples do not divide by two; every row counts once."""
     files = [data / "heldout.jsonl", data / "pairs.jsonl"]

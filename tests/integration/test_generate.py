@@ -95,6 +95,7 @@ def made(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for part in parts for line in part.open()]
 
 
+@pytest.mark.slow  # nine stages; those that follow look at the same run
 def test_pairs_are_made_and_trained_on(finished: Path) -> None:
     pairs, rows = manifest(finished, "pairs"), made(finished, "pairs")
     metrics, ledger = pairs["metrics"], pairs["details"]["ledger"]
@@ -118,6 +119,7 @@ def test_pairs_are_made_and_trained_on(finished: Path) -> None:
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)  # its reference is the model that answered
 
 
+@pytest.mark.slow
 def test_labels_and_the_best_are_made_and_trained_on(finished: Path) -> None:
     labels = made(finished, "labels")
     assert {row["label"] for row in labels} == {True, False}
@@ -136,6 +138,7 @@ def test_labels_and_the_best_are_made_and_trained_on(finished: Path) -> None:
     assert source["kept"] == len(best)
 
 
+@pytest.mark.slow
 def test_the_run_is_cached_shown_and_planned(finished: Path) -> None:
     done = raylign(finished, "run", "spec.yaml")
     assert done.returncode == 0 and done.stdout.count("unchanged") == 9
