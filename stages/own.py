@@ -21,6 +21,7 @@ from typing import Any
 from stages.errors import StageError, nearest
 
 CODE = "RAYLIGN_CODE"
+_added: set[str] = set()  # folders of specs that are on the path because of us
 NAMED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -36,6 +37,9 @@ def is_own(name: Any) -> bool:
 
 def use(folder: str) -> None:
     """Have modules looked for in this folder too, here and in the processes that this one starts."""
+    for other in _added - {folder}:
+        if other in sys.path:
+            sys.path.remove(other)
     os.environ[CODE] = folder
 
 
@@ -57,6 +61,7 @@ def load(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if _folder() not in sys.path:
         sys.path.append(_folder())
+        _added.add(_folder())
     try:
         found = getattr(importlib.import_module(module), name)
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from stages.errors import StageError
-from stages.own import is_own, load, options, problem
+from stages.own import is_own, load, options, problem, source, use
 from stages.training.answers import answer_collator
 from stages.training.guard import Guard, rows_of
 from stages.training.launch import first_cause
@@ -115,3 +116,14 @@ def test_the_failure_that_is_told_is_the_cause() -> None:
     ours = StageError("the loss of step 3 is nan")
     assert first_cause([echo, cause]) is cause and first_cause([cause, ours, echo]) is ours
     assert "a worker was lost" in str(first_cause([echo]))
+
+
+def test_modules_of_another_spec_are_not_taken(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same_name_in_a_test.py").write_text(f"def f(): return {name!r}\n")
+    use(str(tmp_path / "one"))
+    assert load("same_name_in_a_test:f")() == "one"
+    use(str(tmp_path / "two"))
+    found = source("same_name_in_a_test:f")
+    assert found is not None and found.parent.name == "two" and str(tmp_path / "one") not in sys.path
