@@ -105,7 +105,7 @@ def _own_modules() -> Iterator[None]:
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if "pytest-of-" in str(getattr(sys.modules[name], "__file__", None)):
+        if any(sign in str(getattr(sys.modules[name], "__file__", None)) for sign in ("pytest-of-", "pytest-code-")):
             del sys.modules[name]
 
 

@@ -102,6 +102,26 @@ def test_deepspeed_reads_a_checkpoint_of_its_own_but_runs_nothing(tmp_path: Path
     assert mark.exists()
 
 
+@pytest.mark.parametrize("asked", [("dict", "clear"), ("enum", "__init__"), ("enum", "mro"), ("enum", "system")])
+def test_getattr_in_a_checkpoint_gives_members_of_enums_alone(asked: tuple[str, str], tmp_path: Path) -> None:
+    """Some versions of Python write members of enums so."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    class Asks:
+        def __init__(self, *what: Any) -> None:
+            self.what = what
+
+        def __reduce__(self) -> Any:
+            return getattr, self.what
+
+    torch.save({"stage": Asks(ZeroStageEnum, "weights")}, tmp_path / "enum.pt")
+    with tensors_only(tmp_path, deepspeed=True):
+        assert torch.load(tmp_path / "enum.pt", weights_only=False) == {"stage": ZeroStageEnum.weights}
+    torch.save({"x": Asks({"dict": dict, "enum": ZeroStageEnum}[asked[0]], asked[1])}, tmp_path / "other.pt")
+    with pytest.raises(StageError, match="holds more than tensors"), tensors_only(tmp_path, deepspeed=True):
+        torch.load(tmp_path / "other.pt", weights_only=False)
+
+
 def test_what_is_known_stays_known_around_a_file_that_is_read_within(tmp_path: Path) -> None:
     import numpy as np
 

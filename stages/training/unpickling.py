@@ -11,6 +11,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,20 @@ def known_of_deepspeed() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    # Python before 3.11.4 pickles the members of an Enum as getattr(class, name).
+    by_name = [(member, f"{module}.getattr") for module in ("__builtin__", "builtins")]
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, *by_name]
+
+
+def member(enum: Any, name: str) -> Any:
+    """What stands for `getattr` in a checkpoint: it gives members of enums, and nothing else.
+
+    Raises:
+        pickle.UnpicklingError: anything else is asked for.
+    """
+    if not (isinstance(enum, type) and issubclass(enum, Enum)) or name not in enum.__members__:
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {enum!r}")
+    return enum[name]
 
 
 @contextmanager
