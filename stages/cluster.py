@@ -258,7 +258,8 @@ def check_shared(folder: Path, node_ids: Iterable[str]) -> None:
     try:
         look = ray.remote(num_cpus=0)(sees)
         on = [NodeAffinitySchedulingStrategy(node, soft=False) for node in others]
-        seen = ray.get([look.options(scheduling_strategy=each).remote(str(marker)) for each in on])
+        asked = [look.options(scheduling_strategy=each).remote(str(marker)) for each in on]
+        seen = [_answer(node, reply) for node, reply in zip(others, asked, strict=True)]
     finally:
         marker.unlink()
     if not all(seen):
@@ -269,3 +270,17 @@ def check_shared(folder: Path, node_ids: Iterable[str]) -> None:
             f"{folder} is not the same folder on {', '.join(blind)} as on {socket.gethostname()}: set `storage` to a path that "
             "every node mounts, or to a bucket (s3://, gs://)"
         )
+
+
+def _answer(node: str, reply: Any) -> bool:
+    """What a node answers; of one that was lost meanwhile it does not matter what it would have seen."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        seen: bool = ray.get(reply)
+    except RayError:
+        if any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node):
+            raise
+        return True
+    return seen

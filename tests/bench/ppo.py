@@ -1,15 +1,17 @@
 """PPO side by side: ours, and the last PPOTrainer that TRL had (1.12), which takes an environment of its own:
 
     python3.11 -m venv OTHER && OTHER/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 accelerate datasets
-    python tests/bench/ppo.py gsm8k_train.jsonl --trl OTHER/bin/python [--rounds 3] [--episodes 512] [--learning]
+    python tests/bench/ppo.py gsm8k_train.jsonl --trl OTHER/bin/python [--rounds 3] [--episodes 512]
+    python tests/bench/ppo.py examples/data/quickstart/prompts.jsonl --learning runs/quickstart --trl OTHER/bin/python
 
 Prompts are the beginnings of questions. Policy, reference, reward and value model have 1.25 million parameters each; an
 iteration is 64 answers of at most 48 tokens, trained on four times as one mini-batch of four micro-batches of 16;
 float32, two threads: of one process, and of ours besides as two workers of one each. Every way is a process of its own and they take turns; what counts is the median of the ratios of one turn. Counted is
 training from its beginning to its end, without imports and export. Told besides: processor time after imports.
 
-`--learning`: more answers at a higher learning rate, to see that what is learned is no worse: the mean score that the reward
-model gives the answers of the first, and of the last, quarter of the iterations.
+`--learning RUN`: is what is learned no worse? From the SFT and the reward model of a run of the quickstart (`make demo`), and with
+its settings where both have them: the mean score that the reward model gives the answers of each quarter of the iterations,
+plus or minus its standard error.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,28 @@ SETTINGS = {
     "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "cliprange_value": 0.2, "gamma": 1.0, "lam": 0.95,
     "missing_eos_penalty": 1.0, "num_ppo_epochs": EPOCHS, "num_mini_batches": 1,
 }  # fmt: skip
+# Of the quickstart, which has two mini-batches: TRL's step is not made after each of them (it accumulates over both).
+LEARNED = {"tokens": 32, "iteration": 64, "micro": 64, "learning_rate": 5e-4, "episodes": 3072} | {
+    "settings": SETTINGS | {"kl_coef": 0.2, "vf_coef": 0.5}
+}
+TIMED = {"tokens": TOKENS, "iteration": ITERATION, "micro": MICRO, "learning_rate": 1e-5, "settings": SETTINGS}
 Figures = dict[str, Any]
 
 
-def make(rows: Path, folder: Path, episodes: int, learning_rate: float) -> None:
+def take(rows: Path, run: Path, folder: Path) -> None:
+    """The models and prompts of a run of the quickstart."""
+    for name, stage in (("policy", "sft"), ("reward", "reward")):
+        (folder / name).symlink_to((run / stage / "model").absolute())
+    (folder / "prompts.jsonl").write_text("".join(_prompts(rows)))
+    (folder / "train.json").write_text(json.dumps(LEARNED))
+
+
+def _prompts(rows: Path) -> Iterator[str]:
+    for line in rows.open():
+        yield json.dumps({"prompt": json.loads(line)["messages"][:-1]}) + "\n"
+
+
+def make(rows: Path, folder: Path, episodes: int) -> None:
     """The models, their tokenizer, the prompts, and the arguments of both."""
     import torch
     from training import CHATML  # of this folder
@@ -64,17 +84,17 @@ def make(rows: Path, folder: Path, episodes: int, learning_rate: float) -> None:
     with (folder / "prompts.jsonl").open("w") as out:
         for line in lines:
             out.write(json.dumps({"prompt": [{"role": "user", "content": line["question"][:PROMPT]}]}) + "\n")
-    (folder / "train.json").write_text(json.dumps({"episodes": episodes, "learning_rate": learning_rate}))
+    (folder / "train.json").write_text(json.dumps(TIMED | {"episodes": episodes}))
 
 
 def told(folder: Path, seconds: float, processor: float, scores: list[float]) -> Figures:
     episodes = json.loads((folder / "train.json").read_text())["episodes"]
-    quarter = max(1, len(scores) // 4)
+    quarter = max(2, len(scores) // 4)
+    quarters = [scores[i : i + quarter] for i in range(0, len(scores) - quarter + 1, quarter)]
     return {
         "episodes_per_second": round(episodes / seconds, 2),
         "processor": round(processor, 1),
-        "first": round(statistics.mean(scores[:quarter]), 4),
-        "last": round(statistics.mean(scores[-quarter:]), 4),
+        "scores": [f"{statistics.mean(q):.2f} +- {statistics.stdev(q) / len(q) ** 0.5:.2f}" for q in quarters],
     }
 
 
@@ -97,11 +117,11 @@ def trl(folder: Path) -> Figures:
     ]
     rows = datasets.Dataset.from_dict({"input_ids": ids})
     args = PPOConfig(
-        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=ITERATION // MICRO, total_episodes=train["episodes"], response_length=TOKENS,
-        local_rollout_forward_batch_size=MICRO, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=train["micro"],
+        gradient_accumulation_steps=train["iteration"] // train["micro"], total_episodes=train["episodes"],
+        response_length=train["tokens"], local_rollout_forward_batch_size=train["micro"], report_to=[], use_cpu=True, bf16=False, save_strategy="no",
         num_sample_generations=0, learning_rate=train["learning_rate"], disable_tqdm=True, stop_token="eos",
-        temperature=1.0, logging_steps=1, **SETTINGS,
+        temperature=1.0, logging_steps=1, **train["settings"],
     )  # fmt: skip
     trainer = PPOTrainer(
         args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
@@ -129,11 +149,12 @@ def ours(folder: Path, workers: int = 1) -> Figures:
     work = Path(tempfile.mkdtemp(dir=folder))
     arguments = {
         "learning_rate": train["learning_rate"], "total_episodes": train["episodes"], "save_strategy": "no",
-        "per_device_train_batch_size": MICRO, "gradient_accumulation_steps": ITERATION // MICRO // workers,
+        "per_device_train_batch_size": train["micro"] // workers if train["micro"] == train["iteration"] else train["micro"],
+        "gradient_accumulation_steps": max(1, train["iteration"] // train["micro"] // workers),
     }  # fmt: skip
     config = {
         "data": [{"path": str(folder / "prompts.jsonl")}], "rewards": [{"reward": "stages.reward"}],
-        "max_new_tokens": TOKENS, "samples": {"prompts": 0}, "train": arguments | SETTINGS,
+        "max_new_tokens": train["tokens"], "samples": {"prompts": 0}, "train": arguments | train["settings"],
         "limits": {"kl_per_token": None, "length_ratio": None, "entropy": None},
     }  # fmt: skip
     inputs = {
@@ -146,7 +167,7 @@ def ours(folder: Path, workers: int = 1) -> Figures:
     processor = time.process_time() - before
     lines = [json.loads(line) for line in (work / "metrics.jsonl").open()]
     # TRL's scores have lost the penalty of answers that do not end.
-    penalty = SETTINGS["missing_eos_penalty"]
+    penalty = train["settings"]["missing_eos_penalty"]
     scores = [line["reward"] - penalty * (1 - line["stopped"]) for line in lines if "reward" in line]
     parts = {
         k: sum(line.get(k, 0.0) for line in lines)
@@ -184,20 +205,23 @@ def main() -> None:
     parser.add_argument("--trl", help="the Python that has TRL 1.12; without it ours alone is run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=512)
-    parser.add_argument("--learning", action="store_true")
+    parser.add_argument("--learning", type=Path, metavar="RUN", help="the folder of a run of the quickstart")
     parser.add_argument("--verbose", action="store_true", help="the seconds of each part of ours")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         print(json.dumps(WAYS[options.way](options.rows)), flush=True)
         return
-    episodes, rate = (2048, 3e-4) if options.learning else (options.episodes, 1e-5)
     ways = dict.fromkeys(("ours", "two"), sys.executable) | ({"trl": options.trl} if options.trl else {})
     with tempfile.TemporaryDirectory() as folder:
-        make(options.rows, Path(folder), episodes, rate)
+        if options.learning:
+            take(options.rows, options.learning, Path(folder))
+            del ways["two"]
+        else:
+            make(options.rows, Path(folder), options.episodes)
         rounds = 1 if options.learning else options.rounds
         seen = [{way: run(way, folder, python, options.verbose) for way, python in ways.items()} for _ in range(rounds)]
-    if options.trl:
+    if options.trl and not options.learning:
         speed = "episodes_per_second"
         for what, ratios in (
             ("ours / trl, episodes/s", [r["ours"][speed] / r["trl"][speed] for r in seen]),
