@@ -13,7 +13,7 @@ def tickets(row: dict[str, Any]) -> dict[str, Any] | None:
     """A format: from a row as it is in the file a row of a known format, or None to leave it out."""
     if row["status"] != "solved":
         return None
-    return {"prompt": f"{row['subject']}: {row['body']}", "completion": row["reply"]}
+    return {"prompt": f"{row['subject']}: {row['body']}", "completion": row["reply"], "expected": row["reply"]}
 
 
 class Average(Stage):

@@ -256,11 +256,11 @@ def grown(name: str) -> Capacity:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The examples with their data, made by their own generator."""
+    """The examples with their data, made by their own generators."""
     folder = tmp_path_factory.mktemp("clone") / "examples"
     shutil.copytree(ROOT / "examples", folder, ignore=shutil.ignore_patterns("data", "__pycache__"))
-    generator = [sys.executable, "quickstart_data.py", "data/quickstart"]
-    subprocess.run(generator, cwd=folder, check=True, capture_output=True)
+    for generator in (["quickstart_data.py", "data/quickstart"], ["example_data.py", "data/examples"]):
+        subprocess.run([sys.executable, *generator], cwd=folder, check=True, capture_output=True)
     return folder
 
 

@@ -2,6 +2,7 @@
 
     python tests/bench/preparation.py questions.jsonl            # encoder and TRL
     python tests/bench/preparation.py questions.jsonl --ray      # through Ray Data, 200,000 rows, with Parquet written
+    python tests/bench/preparation.py questions.jsonl --nodes    # the same on two nodes of one core each, and on one
     python tests/bench/preparation.py questions.jsonl --memory   # peak memory of 20,000 and 200,000 rows
 
 `questions.jsonl` has rows of `question` and `answer` (GSM8K's do); two of them make a two-turn chat. Each figure is the median
@@ -171,6 +172,46 @@ def ray_bench(path: Path, rows: int) -> None:
         show(speed, "encode_batch_fast, no masks")
 
 
+def nodes_bench(path: Path, rows: int) -> None:
+    """Rows a second through Ray Data on two nodes of this machine, beside one; each in a process and a cluster of its own."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(3):
+        for nodes, taken in seconds.items():
+            command = [sys.executable, __file__, str(path), "--ray", str(rows), "--on-nodes", str(nodes)]
+            taken.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    for nodes, taken in seconds.items():
+        print(f"{nodes} nodes: {' '.join(f'{s:.1f}' for s in taken)} s for {rows:,} rows")
+    print(f"two nodes / one, rows/s: median {statistics.median(ratios):.2f} of {[round(r, 2) for r in ratios]}")
+
+
+def on_nodes(path: Path, rows: int, nodes: int) -> None:
+    """Seconds, after a first preparation of few rows: Ray's processes are started then."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from stages.data.chat import tokenizer_spec
+    from stages.data.encode import Recipe
+    from stages.data.prepare import prepare
+    from stages.data.source import DataSource
+    from stages.training.launch import quiet_ray
+
+    recipe = Recipe("conversation", tokenizer_spec(tokenizer(path)))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    quiet_ray()
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (2_000, rows):
+            source = write(path, Path(folder) / f"{count}.jsonl", count)
+            started = time.perf_counter()
+            prepare([DataSource(path=str(source))], recipe, Path(folder) / str(count))
+        print(time.perf_counter() - started)
+    ray.shutdown()
+    cluster.shutdown()
+
+
 def memory_bench(path: Path) -> None:
     """Peak resident memory of a process that prepares chunk after chunk, and of one with ten times the rows."""
     peaks = {}
@@ -218,11 +259,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("data", type=Path)
     parser.add_argument("--ray", type=int, nargs="?", const=200_000, metavar="ROWS")
+    parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--on-nodes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--prepare-here", type=int, metavar="ROWS", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.prepare_here:
         prepare_here(given.data, given.prepare_here)
+    elif given.on_nodes:
+        on_nodes(given.data, given.ray, given.on_nodes)
+    elif given.nodes:
+        nodes_bench(given.data, given.ray or 200_000)
     elif given.memory:
         memory_bench(given.data)
     elif given.ray:
