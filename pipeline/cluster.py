@@ -68,6 +68,7 @@ class RayCluster:
                 self.ours = False
                 self._ready.set()
                 return
+            _quiet()
             context = ray.init(
                 address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
                 object_store_memory=int(os.environ.get("RAYLIGN_OBJECT_STORE_BYTES", 512 << 20)),
@@ -104,6 +105,7 @@ class RayCluster:
         if ray.is_initialized():
             self.ours = False
         else:
+            _quiet()
             try:
                 ray.init(address=self.given, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, RuntimeError) as error:
@@ -179,3 +181,11 @@ def _listens(address: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def _quiet() -> None:
+    """What raylets say of themselves goes to the stages' logs (stages/training/launch.py, `connect`), and not among the
+    progress as well. Ray 2.60 prints it to every driver, whatever `log_to_driver` is (worker.py, `listen_error_messages`)."""
+    import ray._private.worker
+
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None

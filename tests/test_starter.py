@@ -385,3 +385,21 @@ def test_the_schema_says_what_is_wrong_with_the_kind_that_is_meant(tmp_path: Pat
 def test_the_examples_are_what_the_schema_says(file: Path) -> None:
     tree = YAML(typ="safe").load(file.read_text())
     assert not [error.message for error in jsonschema.Draft7Validator(json_schema()).iter_errors(tree)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "tokens", "steps"),
+    [
+        (400, 8, 22.0, 1000),
+        (587, 16, 310.0, 400),
+        (100_000, 16, 40.0, 1500),
+        (50, 8, 4000.0, 100),
+        (None, 16, 100.0, 1200),
+    ],
+)
+def test_a_fresh_model_is_trained_for_minutes_whatever_the_rows(
+    rows: int | None, batch: int, tokens: float, steps: int
+) -> None:
+    """Found by a trial with 587 rows of 310 tokens: 700 steps took nine minutes of the ten a first run may take."""
+    chosen = choices.tiny_steps_for(rows, batch, tokens)
+    assert chosen.value == steps and chosen.why.endswith("min on two cores")

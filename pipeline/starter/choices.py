@@ -21,6 +21,7 @@ WHOLE = 4096  # up to so many tokens every row is to fit; beyond, all but one in
 FULL_AT_MOST = 1_500_000_000  # parameters of a model that is trained whole where it fits
 FULL_ON_CPU = 100_000_000
 TINY_STEPS = (300, 1500)
+TINY_TOKENS, TINY_RATE = 2_000_000, 7_000  # of one training; a second, on two cores (LOG.md, 2026-11-22)
 # learning rates, by kind and by what is trained. SFT with an adapter: ten times that of all weights (Schulman et al. 2025,
 # "LoRA without regret"); preference losses: TRL's defaults, and ten times those.
 RATES = {
@@ -125,12 +126,14 @@ def step_rows_for(rows: int | None) -> int:
     return 64
 
 
-def tiny_steps_for(rows: int | None, batch: int) -> Choice:
+def tiny_steps_for(rows: int | None, batch: int, tokens: float) -> Choice:
+    """Of a fresh model: enough to learn few short rows, and no more than some minutes of long ones, of `tokens` on average."""
     least, most = TINY_STEPS
     steps = min(most, max(least, 20 * (rows or most * batch) // batch))
-    steps = round(steps, -2)
+    steps = max(100, min(round(steps, -2), int(TINY_TOKENS / (batch * tokens)) // 100 * 100))
     times = f", {steps * batch / rows:.0f} times over {rows:,} rows" if rows else ""
-    return Choice(steps, f"steps of {batch} rows{times}: some minutes on a laptop")
+    minutes = max(1, round(steps * batch * tokens / TINY_RATE / 60))
+    return Choice(steps, f"steps of {batch} rows{times}: some {minutes} min on two cores")
 
 
 def rate_for(kind: str, base: Base, way: Way) -> Choice:

@@ -195,9 +195,11 @@ def _arguments(page: Page, draft: Draft, part: Part, length: Choice) -> None:
     batch = max(1, way.batch // 2) if kind == "dpo" and not base.fresh else way.batch
     step_rows = step_rows_for(part.rows)
     accumulation = max(1, round(step_rows / (batch * way.workers)))
+    lengths = [n for m in part.measured for n in m.lengths]
+    mean = sum(lengths) / len(lengths)
     page.key(6, "learning_rate", rate.value, rate.why)
     if base.fresh and kind == "sft":
-        steps = tiny_steps_for(part.rows, batch)
+        steps = tiny_steps_for(part.rows, batch, mean)
         page.key(6, "max_steps", steps.value, steps.why)
     else:
         epochs = epochs_for(kind, part.rows)
@@ -214,8 +216,7 @@ def _arguments(page: Page, draft: Draft, part: Part, length: Choice) -> None:
     if way.checkpointing:
         page.key(6, "gradient_checkpointing", True, "slower, and much less memory")
     page.key(6, "logging_steps", 5)
-    lengths = [n for m in part.measured for n in m.lengths]
-    filled = sum(lengths) / len(lengths) / length.value
+    filled = mean / length.value
     if kind == "sft" and filled < 0.5 and not base.fresh:
         why = f"rows fill {filled:.0%} of max_length: packed, a step does the work of {1 / filled:.0f}"
         page.comment(6, f"packing: true   # {why}; several rows in one, which do not see each other")
