@@ -20,16 +20,18 @@ demo: install
 	$(BIN)/python examples/quickstart_data.py examples/data/quickstart
 	$(BIN)/raylign run examples/quickstart.yaml
 
+# Those without trainers need one core each.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster" --ignore tests/integration
+	$(BIN)/python -m pytest -m "not slow and not cluster" tests/integration
 
 # Several nodes, an autoscaler, an object store, jobs, and faults at random (`python -m tests.chaos.chaos --runs 20` for more of those).
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster
 
-# A worker and a node killed at random moments: what CI runs of `tests/chaos`.
+# A worker, a node and the driver killed and a full disk, at random moments: what CI runs of `tests/chaos`.
 test-chaos: install
-	$(BIN)/python -m pytest tests/chaos -k "worker or node"
+	$(BIN)/python -m pytest tests/chaos -k "worker or node or driver or disk"
 
 # BUDGET: minutes after which no further one is begun.
 test-slow: install

@@ -176,6 +176,7 @@ def test_a_gate_that_fails_ends_with_1_and_says_so(finished: Path) -> None:
     assert raylign(finished, "status", "runs/chain").stdout.startswith("chain: failed")
 
 
+@pytest.mark.slow
 def test_a_failing_stage_names_itself_and_leaves_the_others(tmp_path: Path, data: Path) -> None:
     """An optimizer of the user's that raises: reward fails in the trainer, dpo beside it goes on."""
     (tmp_path / "own.py").write_text("def optimizer(*_, **__):\n    raise ValueError('not today')\n")

@@ -119,6 +119,7 @@ def test_every_example_is_run_or_planned() -> None:
 # ------------------------------------------------------------------------------------------------ small
 
 
+@pytest.mark.slow
 def test_csv_lora(clone: Path) -> None:
     run = Run(clone, "csv_lora", few("taught", "lora") | any_gain(0))
     with (clone / "examples" / "data" / "examples" / "dates.csv").open(encoding="utf-8", newline="") as file:
@@ -141,6 +142,7 @@ def test_csv_lora(clone: Path) -> None:
     assert all(re.fullmatch(r"[A-Z]\w+ \d+, \d{4}|\d+\. \w+ \d{4}", s["expected"]) for s in run.samples())
 
 
+@pytest.mark.slow
 def test_tools(clone: Path) -> None:
     shown = json.loads(raylign(clone, "inspect", "examples/tools.yaml", "--stage", "sft", "--json", "-n", "8").stdout)
     trained = [s for row in shown["rows"] for s in row["segments"] if s["trained"]]

@@ -236,7 +236,7 @@ SHARED = [
     ("grpo", 1, {"tuning": LORA}),
     pytest.param("grpo", 2, {}, marks=pytest.mark.slow),
     pytest.param("grpo", 2, {"deepspeed": "zero3"}, marks=pytest.mark.slow),
-    ("rloo", 2, {"deepspeed": "zero3", "tuning": LORA}),
+    pytest.param("rloo", 2, {"deepspeed": "zero3", "tuning": LORA}, marks=pytest.mark.slow),
     pytest.param("rloo", 2, {"deepspeed": "zero2"}, marks=pytest.mark.slow),
     pytest.param("grpo", 1, {"deepspeed": "zero0", "tuning": LORA}, marks=pytest.mark.slow),
 ]

@@ -119,7 +119,11 @@ def test_the_reward_goes_up(tmp_path: Path, model: str, data: Path) -> None:
         (1, {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}}),
         pytest.param(2, {"train": {"per_device_train_batch_size": 4}}, marks=pytest.mark.slow),
         pytest.param(2, {"train": {"per_device_train_batch_size": 4}, "deepspeed": "zero2"}, marks=pytest.mark.slow),
-        (2, {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "deepspeed": "zero3"}),
+        pytest.param(
+            2,
+            {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "deepspeed": "zero3"},
+            marks=pytest.mark.slow,
+        ),
         (1, {"placement": "separate"}),
     ],
     ids=["micro-batches", "two workers", "zero2", "zero3", "separate"],

@@ -202,6 +202,7 @@ def test_workers_that_do_not_share_a_disk_are_told_so(
     assert not list((tmp_path / "sft").glob(".shared-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_two(ray_address: str, tmp_path: Path, dropping: str, data: Path) -> None:
     at = random.randint(4, 12)
     print("killed at step", at)
