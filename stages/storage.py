@@ -49,8 +49,9 @@ def use(storage: str) -> Path:
     if not is_remote(storage):
         os.environ.pop(STORAGE, None)
         return Path(storage.removeprefix("file://"))
+    opened = _store_at(storage)
     os.environ[STORAGE] = storage
-    return _store().root
+    return opened.root
 
 
 def environment() -> dict[str, str]:
@@ -125,6 +126,10 @@ def _open(storage: str, cache: str) -> _Store:
 def _store() -> _Store:
     storage = _given()
     assert storage is not None
+    return _store_at(storage)
+
+
+def _store_at(storage: str) -> _Store:
     return _open(storage, os.environ.get(CACHE) or _default_cache(tempfile.gettempdir()))
 
 

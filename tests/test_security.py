@@ -569,6 +569,7 @@ def test_addresses_with_credentials_are_refused_and_not_shown(tmp_path: Path, ad
             with pytest.raises(RaylignError) as error:
                 open_it()
             assert "s3cr3t" not in str(error.value)
+    assert storage.STORAGE not in os.environ, "a store that was refused is not the next run's"
 
 
 def test_the_hub_s_token_is_not_a_setting(tmp_path: Path) -> None:
