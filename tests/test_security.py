@@ -629,8 +629,15 @@ cluster.start()
 address = cluster.address()
 join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); f = ray.remote(lambda: 7); print(ray.get(f.remote()))"
 stage = subprocess.run([sys.executable, "-c", join, address], capture_output=True, text=True, timeout=300)
+
+def listens(process):
+    try:
+        return {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"}
+    except (psutil.NoSuchProcess, FileNotFoundError):  # one of the stage's, which has just ended
+        return set()
+
 me = psutil.Process()
-sockets = {c.laddr.ip for p in (me, *me.children(recursive=True)) for c in p.net_connections("inet") if c.status == "LISTEN"}
+sockets = set().union(*map(listens, (me, *me.children(recursive=True))))
 print(json.dumps([address, stage.stdout.strip(), sorted(sockets)]))
 sys.stdout.flush()
 cluster.stop()

@@ -50,7 +50,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path) -> t
     [
         pytest.param({"deepspeed": "zero1"}, marks=pytest.mark.slow),
         pytest.param({"deepspeed": "zero2+offload"}, marks=pytest.mark.slow),
-        {"deepspeed": "zero3+offload_params", "train": short(4, gradient_checkpointing=True)},
+        pytest.param(
+            {"deepspeed": "zero3+offload_params", "train": short(4, gradient_checkpointing=True)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["zero1", "zero2+offload", "zero3+offload_params"],
 )

@@ -293,6 +293,7 @@ def test_a_reward_that_fails(tmp_path: Path, model: str, prompts: Path, reward: 
         stage("grpo", tmp_path / "a", model, prompts, rewards=[f"group_rewards:{reward}"])
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_no_number_stops_all_workers_and_the_checkpoint_is_kept(
     tmp_path: Path, model: str, prompts: Path
 ) -> None:

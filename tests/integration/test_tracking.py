@@ -202,6 +202,7 @@ def look(env: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {run["name"]: run for run in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mlflow_a_killed_run_goes_on_in_the_same_runs(tmp_path: Path, mlflow: dict[str, str]) -> None:
     folder = folder_of(tmp_path, "[tensorboard, mlflow]", lines=150)

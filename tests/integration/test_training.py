@@ -173,6 +173,7 @@ def test_packed_weighted_rows_train_and_held_out_rows_are_evaluated(tmp_path: Pa
         assert result.metrics["eval_loss"] == pytest.approx(sums["nll"] / sums["tokens"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_held_out_pairs_are_evaluated_by_any_number_of_workers(tmp_path: Path, model: str, data: Path) -> None:
     split = [{"path": str(data / "pairs.jsonl"), "eval": "30%"}]
     losses = []

@@ -82,6 +82,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_batch(tmp_path: Pa
     assert result.rows == 8
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_on_one_of_two_workers_stops_both(tmp_path: Path, model: str, data: Path) -> None:
     """A token of no number in row 2, which the second worker trains; the first learns of it and does not wait for ever."""
     broken = AutoModelForCausalLM.from_pretrained(model)

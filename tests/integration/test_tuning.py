@@ -53,6 +53,7 @@ def test_an_adapter_is_kept_and_merged_into_a_plain_model(tmp_path: Path, model:
     assert result.details["tuning"]["merge_difference"] < 1e-4 and result.details["tuning"]["merged_into"] == "base"
 
 
+@pytest.mark.slow
 def test_a_lora_reward_model_keeps_its_score_head_under_zero3(tmp_path: Path, model: str, data: Path) -> None:
     from peft import PeftModel
 
