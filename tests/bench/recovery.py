@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.chaos.chaos import FAULTS, Scene, scene_of, start
+from tests.chaos.chaos import FAULTS, STALL_MINUTES, Scene, scene_of, start
 
 
 def recovered(fault: str, seed: int) -> float:
     with scene_of(fault, random.Random(seed)) as scene:
         spec = scene.folder / "spec.yaml"
-        spec.write_text(spec.read_text().replace("num_train_epochs: 2", "num_train_epochs: 20"))
+        text = spec.read_text().replace("num_train_epochs: 2", "num_train_epochs: 20")
+        spec.write_text(text.replace(f"stall_minutes: {STALL_MINUTES}", "stall_minutes: 5"))  # a slow start is no hang
         start(scene)
         assert scene.command is not None
         wait_for(scene, lambda: last(scene) >= 8)
