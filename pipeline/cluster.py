@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.capacity import machine
 from stages.capacity import Capacity, Growth
@@ -186,6 +187,13 @@ def _listens(address: str) -> bool:
 def _quiet() -> None:
     """What raylets say of themselves goes to the stages' logs (stages/training/launch.py, `connect`), and not among the
     progress as well. Ray 2.60 prints it to every driver, whatever `log_to_driver` is (worker.py, `listen_error_messages`)."""
-    import ray._private.worker
+    from ray._private import worker
 
-    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
+    printed = worker.print_to_stdstream
+    if printed.__module__ != __name__:  # once in a process
+
+        def without_raylets(data: dict[str, Any], ignore_prefix: bool) -> None:
+            if data.get("pid") != "raylet":
+                printed(data, ignore_prefix)
+
+        worker.print_to_stdstream = without_raylets

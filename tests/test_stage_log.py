@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pipeline.stage_log import telling_lines
 
 LOG = """\
@@ -38,3 +40,18 @@ def test_a_log_that_says_nothing_or_is_not_there(tmp_path: Path) -> None:
     assert telling_lines(tmp_path / "none.log") == []
     (tmp_path / "quiet.log").write_bytes(b"all is well\n\xff\xfe")
     assert telling_lines(tmp_path / "quiet.log") == []
+
+
+def test_what_raylets_say_is_in_the_logs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tells every driver; workers' own lines, in a notebook that has them printed, stay."""
+    from ray._private import worker
+
+    from pipeline.cluster import _quiet
+
+    printed: list[str] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: printed.extend(data["lines"]))
+    _quiet()
+    _quiet()
+    worker.print_to_stdstream({"lines": ["8 PYTHON worker processes have been started"], "pid": "raylet"}, False)
+    worker.print_to_stdstream({"lines": ["of a task"], "pid": "417"}, False)
+    assert printed == ["of a task"]
