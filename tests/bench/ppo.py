@@ -149,8 +149,8 @@ def ours(folder: Path, workers: int = 1) -> Figures:
     work = Path(tempfile.mkdtemp(dir=folder))
     arguments = {
         "learning_rate": train["learning_rate"], "total_episodes": train["episodes"], "save_strategy": "no",
-        "per_device_train_batch_size": train["micro"] // workers if train["micro"] == train["iteration"] else train["micro"],
-        "gradient_accumulation_steps": max(1, train["iteration"] // train["micro"] // workers),
+        "per_device_train_batch_size": train["micro"],
+        "gradient_accumulation_steps": train["iteration"] // train["micro"] // workers,
     }  # fmt: skip
     config = {
         "data": [{"path": str(folder / "prompts.jsonl")}], "rewards": [{"reward": "stages.reward"}],
