@@ -26,6 +26,9 @@ LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "VLLM_HOST_IP": "127.0.0.1",  # vLLM looks for Ray's node by its own idea of the address
 }
+# A stage's processes are forked (stages/forkserver.py), so those that Ray would start beforehand are of no use, and a few idle
+# ones cost little; the next actor is then there at once, as after the death of a worker.
+WORKER_PROCESSES = {"RAY_prestart_worker_first_driver": "0", "RAY_num_workers_soft_limit": "8"}
 
 
 class RayCluster:
@@ -52,8 +55,7 @@ class RayCluster:
     def start(self) -> None:
         """Begin to start it; takes seconds, in which other things can be done."""
         if self.local and self._thread is None:
-            os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
-            os.environ.update({k: os.environ.get(k, v) for k, v in LOOPBACK.items()})
+            os.environ.update({k: os.environ.get(k, v) for k, v in (ENVIRONMENT | LOOPBACK | WORKER_PROCESSES).items()})
             # Nobody listens there: what asks the dashboard for its State API is told so at once (see ENVIRONMENT).
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
             self._thread = threading.Thread(target=self._start, daemon=True)

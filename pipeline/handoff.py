@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages import forkserver
+
 PROBES = "handoff.safetensors"
 AGAIN = "run the same command again: the stage exports it anew from its last checkpoint"
 # Of logits, relative to the largest (or to 1). float32: another order of summing, on another machine. Of a 16-bit dtype
@@ -37,12 +39,12 @@ NEW_TOKENS = 24  # of the chat that is generated
 class Checker:
     """A fresh process that will check one exported model. Made while the stage still trains, so that its imports are done."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.handoff"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+                forkserver.command("-m", "pipeline.handoff"), env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
             )  # fmt: skip
 
     def check(self, folder: Path, produces: str, trained: bool = False) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from pipeline.stage_log import telling_lines
 from pipeline.stage_process import StageJob, send
 from pipeline.tracking import PATIENCE_S, Tracking, tracking_problems
 from pipeline.training_checks import run_problems
-from stages import own
+from stages import forkserver, own
 from stages.base import Artifact, StageContext
 from stages.errors import Problem, SpecError, StageError
 from stages.evaluate import check_gate
@@ -65,6 +64,7 @@ class Running:
     process: subprocess.Popen[bytes]
     started: float
     work: Path
+    environment: dict[str, str]
     log_from: int  # where in the log this attempt begins
     checker: Checker | None = None
 
@@ -89,6 +89,7 @@ class _Run:
         self._begin()
         try:
             self.tracking.begin()
+            os.environ.setdefault(forkserver.OWNER, str(os.getpid()))
             if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
                 self.cluster.start()
             while self._start_ready() or self.running:
@@ -241,13 +242,13 @@ class _Run:
         with self.folder.log(name).open("ab") as log:
             log_from = log.tell()
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.stage_process"],
+                forkserver.command("-m", "pipeline.stage_process"),
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends its stages
             )  # fmt: skip
         assert process.stdin is not None
         send(StageJob(planned.stage.kind, config, context, address), process.stdin)
-        self.running[name] = Running(planned, process, time.time(), work, log_from)
+        self.running[name] = Running(planned, process, time.time(), work, environment, log_from)
         self._set(name, state="running", started=time.time(), workers=planned.resources.workers)
         self.terminal.stage(name, "running", resumed=planned.state == "resume")
 
@@ -278,7 +279,7 @@ class _Run:
             if (waiting := self.terminal.waiting(name)) != self.state["stages"][name].get("waiting"):
                 self._set(name, waiting=waiting)
             if running.checker is None and self.terminal.phase(name) in ("train", "model"):
-                running.checker = Checker(self.folder.log(name))
+                running.checker = Checker(self.folder.log(name), running.environment)
             code = running.process.poll()
             if code is None:
                 continue
@@ -298,7 +299,7 @@ class _Run:
             return
         checked: dict[str, Any] = {"problems": [], "warnings": [], "facts": {}}
         if planned.stage.produces in ("model", "reward model"):
-            checker = running.checker or Checker(self.folder.log(name))
+            checker = running.checker or Checker(self.folder.log(name), running.environment)
             checked = checker.check(work / "model", planned.stage.produces, isinstance(planned.stage, TrainStage))
         if checked["problems"]:
             self._fail(running, "handoff refused: " + "; ".join(checked["problems"]))

@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from stages import own
+from pipeline.cluster import WORKER_PROCESSES
+from stages import forkserver, own
 from stages.training.launch import ENVIRONMENT
 
-os.environ.update(ENVIRONMENT)
+os.environ.update(ENVIRONMENT | WORKER_PROCESSES | {"TORCHDYNAMO_DISABLE": "1"})
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ[forkserver.OWNER] = str(os.getpid())  # all runs of the tests are forked from the same process
 os.environ["COLUMNS"] = "160"
 
 # Modules that specs of tests name: Ray's processes, which the tests share, are told where to look when they are started.
@@ -167,7 +169,7 @@ def ray_address() -> Iterator[str]:
 
     context = ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        object_store_memory=256 << 20,
+        object_store_memory=256 << 20, runtime_env={"py_executable": forkserver.py_executable()},
     )  # fmt: skip
     yield context.address_info["gcs_address"]
     ray.shutdown()

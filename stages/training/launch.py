@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages import own, telemetry
+from stages import forkserver, own, telemetry
 from stages.base import Reporter, Resources
 from stages.capacity import Need
 from stages.cluster import wait_for_room
@@ -27,10 +28,12 @@ ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a cluster may have to grow first
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's own choice for its controller (see `connect`)
     **telemetry.OFF,
     "TOKENIZERS_PARALLELISM": "true",
 }
 
+OWN_PYTHON = {"conda", "container", "image_uri", "pip", "py_executable", "uv"}  # of a job's runtime environment
 
 # What Ray says of a worker whose process is gone, and a worker's process group where another one is.
 ECHOES = (
@@ -63,12 +66,16 @@ def quiet_ray() -> None:
 
 
 def connect(address: str, local: bool) -> None:
-    """Join the cluster, and have a worker process started and its imports done while the stage does its own."""
+    """Join the cluster, and have a worker process started while the stage does its own imports.
+
+    All processes of the stage get what Ray Train would tell those it starts, so they have one runtime environment: one that is
+    idle may become the next of any kind.
+    """
     import ray
 
     env = environment() | ({} if local else own.environment())  # a Ray of this machine was started from our environment
-    told = {"env_vars": env} if env else None
-    ray.init(address=address, log_to_driver=True, logging_level="ERROR", runtime_env=told)
+    env |= {name: os.environ[name] for name in (*ENVIRONMENT, "TORCHDYNAMO_DISABLE") if name in os.environ}
+    ray.init(address=address, log_to_driver=True, logging_level="ERROR", runtime_env=runtime_environment(env))
 
     @ray.remote(num_cpus=0)
     def warm_up() -> None:
@@ -79,6 +86,22 @@ def connect(address: str, local: bool) -> None:
         assert stages.data.prepare and ChatTemplate(CHATML, {})
 
     warm_up.remote()
+
+
+def runtime_environment(env: dict[str, str]) -> dict[str, Any]:
+    """Of a stage's processes, for Ray. That of a submitted job is theirs too, and Ray refuses what says the same again."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    told: dict[str, Any] = {"env_vars": {k: v for k, v in env.items() if k not in job.get("env_vars", {})}}
+    return told if job.keys() & OWN_PYTHON else told | {"py_executable": forkserver.py_executable()}
+
+
+def use_given_threads() -> None:
+    """As many as the process was given CPUs, which Ray says in OMP_NUM_THREADS after torch may have been loaded
+    (stages/forkserver.py)."""
+    import torch
+
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
 
 
 def worker_rank() -> tuple[int, int]:

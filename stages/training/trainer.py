@@ -15,7 +15,7 @@ from stages.training.deepspeed import init_deepspeed
 from stages.training.export import save_model
 from stages.training.feed import Feed, Position, total_steps
 from stages.training.job import PLACEHOLDERS, Build, TrainerParts, TrainJob
-from stages.training.launch import join_single_process_group, quiet_ray, worker_rank
+from stages.training.launch import join_single_process_group, quiet_ray, use_given_threads, worker_rank
 from stages.training.tuning import settle_quantized, train_in_float32
 from stages.training.watch import begin_callback, report_callback
 from stages.training.watchdog import Pulse, beating
@@ -38,6 +38,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     to stop at a checkpoint, it gives `paused`."""
     job: TrainJob = config["job"]
     quiet_ray()
+    use_given_threads()
     rank, workers = worker_rank()
     events = job.work / "events.jsonl" if rank == 0 and mirrored(job.work) else None
     with beating(config.get("monitor"), rank, events) as pulse, brought_here(job, rank):
