@@ -1,4 +1,4 @@
-"""What is checked of a model before the next stage may have it, in a process that knows transformers and nothing of ours.
+"""What is checked of a model before the next stage may have it, in a process that uses transformers and nothing of ours.
 
 `python -m pipeline.handoff` reads a line of JSON, `[folder, what it should be, whether it was trained]`, and prints one,
 `{"problems": [...], "warnings": [...], "facts": {...}}`. Beside the folder of a trained model lies `handoff.safetensors`, in
@@ -37,7 +37,7 @@ NEW_TOKENS = 24  # of the chat that is generated
 
 
 class Checker:
-    """A fresh process that will check one exported model. Made while the stage still trains, so that its imports are done."""
+    """Another process, which will check one exported model. Made while the stage still trains, so that it is ready."""
 
     def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
         self.log = log

@@ -29,6 +29,8 @@ from typing import Any
 
 import psutil
 
+from tests.processes import family
+
 ATTEMPTS = 3
 SECONDS = 600  # of one attempt
 STALL_MINUTES = 0.15
@@ -50,7 +52,7 @@ class Scene:
     def processes(self, *signs: str) -> list[psutil.Process]:
         """Processes that were started from here whose command line has one of the signs."""
         found = []
-        for process in psutil.Process().children(recursive=True):
+        for process in family(psutil.Process()):
             try:
                 line = " ".join(process.cmdline())
             except psutil.Error:

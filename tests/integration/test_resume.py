@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from stages import KINDS, Init, StageContext
+from stages import KINDS, Init, StageContext, forkserver
 from stages.base import Artifact, Resources, StageResult
 from stages.errors import StageError
 from stages.training import recovery
@@ -26,6 +26,7 @@ from stages.training import trainer as trainer_module
 from stages.training.consumption import check_consumption
 
 from ..conftest import LLAMA, prepared_beside
+from ..processes import family
 from .test_training import train, weights
 
 ROWS = 101  # 13 steps of 8 an epoch, the last of 5
@@ -408,7 +409,9 @@ stages:
 
 def started(folder: Path, name: str, model: str, data: Path) -> subprocess.Popen[str]:
     (folder / f"{name}.yaml").write_text(SPEC.format(name=name, model=model, data=data))
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", forkserver.OWNER)
+    }  # its processes are its own
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", f"{name}.yaml"], cwd=folder, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -434,14 +437,14 @@ def test_a_run_goes_on_after_sigkill(undisturbed: Path, tmp_path: Path, dropping
     while time.time() < deadline and not steps_done(tmp_path) >= at:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)
-    killed = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())] if victim == "workers" else [process]
+    others = family(psutil.Process(process.pid))
+    killed = [p for p in others if "RayTrainWorker" in " ".join(p.cmdline())] if victim == "workers" else [process]
     assert len(killed) == (2 if victim == "workers" else 1)
     for each in killed:
         each.send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == (0 if victim == "workers" else -signal.SIGKILL), out + err
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(others, timeout=30)
     if victim == "driver":
         again = started(tmp_path, "cut", dropping, data)
         out, err = again.communicate(timeout=300)
