@@ -401,7 +401,7 @@ def _limits(folder: RunFolder, own: Manifest, chain: list[Manifest]) -> str:
     facts = own.get("handoff") or {}
     if "logits_difference" in facts:
         said.append(
-            f"Checked before it was published: reloaded in a fresh process, its logits on {facts.get('probes')} probes "
+            f"Checked before it was published: reloaded in another process, its logits on {facts.get('probes')} probes "
             f"differ from the trainer's by at most {facts['logits_difference']:.2g} ({facts['logits_allowed']:.2g} is allowed)."
         )
     said += [

@@ -89,7 +89,7 @@ class _Run:
         self._begin()
         try:
             self.tracking.begin()
-            os.environ.setdefault(forkserver.OWNER, str(os.getpid()))
+            os.environ[forkserver.OWNER] = str(os.getpid())
             if any(s.state != "cached" and s.stage.uses_ray for s in self.plan.stages):
                 self.cluster.start()
             while self._start_ready() or self.running:
@@ -257,6 +257,8 @@ class _Run:
         environment |= self.cluster.environment(self.plan.spec.cluster.wait_minutes) | own.environment()
         if self.cluster.local:
             environment.pop("RAY_ADDRESS", None)
+        elif "UV_RUN_RECURSION_DEPTH" in environment:  # Ray looks for `uv run` among a driver's ancestors
+            environment[forkserver.WANTED] = "0"
         train = getattr(planned.stage, "train", None)
         if planned.resources.gpus_per_worker == 0 and self.cluster.local:
             environment["CUDA_VISIBLE_DEVICES"] = ""

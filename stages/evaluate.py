@@ -34,7 +34,7 @@ from stages.data.prepare import Prepared, prepare
 from stages.data.source import DataSource, resolve_formats
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import StageError
-from stages.training.launch import launch, quiet_ray, worker_rank
+from stages.training.launch import launch, quiet_ray, use_given_threads, worker_rank
 from stages.training.pair_statistics import pair_statistics
 from stages.training.preference import REFERENCE_FREE
 from stages.training.vocabulary import grow_vocabulary
@@ -207,6 +207,7 @@ def evaluate_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     from stages.scoring import load_for_scoring
 
     quiet_ray()
+    use_given_threads()
     rank, workers = worker_rank()
     job: EvaluationJob = config["job"]
     part = _Part(job, rank, workers)

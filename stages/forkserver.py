@@ -3,8 +3,9 @@
     python -I -S stages/forkserver.py -m pipeline.stage_process
 
 is `python -m pipeline.stage_process`, ten processor seconds earlier. Stages are started so, and Ray starts its worker processes
-so (`py_executable` of its runtime environment). This process, the stand-in, asks a server to fork; what is forked has its
-arguments, environment, folder and standard files, and ends when it does, as it ends when the other does.
+so (`py_executable` of its runtime environment). The process that is started, the stand-in, asks a server to fork; what is
+forked has the stand-in's arguments, environment, folder and standard files. Signals are handed on to it; when one of the two
+ends, so does the other, and with the same exit code.
 
 A server serves one owner (a run, a node of Ray) and one set of imports. The first stand-in that finds none starts it; it goes
 with its owner, or when nobody has needed it for a while. Where there can be none, a process is started as ever: elsewhere
@@ -20,7 +21,8 @@ import fcntl
 import hashlib
 import json
 import os
-import select
+import resource
+import selectors
 import shlex
 import signal
 import socket
@@ -28,26 +30,33 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+WANTED = "RAYLIGN_FORKSERVER"  # `0`: processes are started as ever; a process id: the owner, whatever OWNER says
 OWNER = "RAYLIGN_FORKSERVER_OWNER"  # a process id; a worker of Ray's without one belongs to its node
-WANTED = "RAYLIGN_FORKSERVER"  # `0`: processes are started as ever
 IDLE_SECONDS = 120.0
+LOOK_SECONDS = 1.0  # between two looks whether the owner is there
+FAILED_SECONDS = 600.0  # after which imports that failed are tried again
 # Without Ray, which reads RAY_JOB_ID when it is loaded: after these it takes a second. Ours stand on the others.
 IMPORTS = (
     "pydantic", "ruamel.yaml", "jinja2.sandbox", "pyarrow.parquet", "pandas", "datasets", "transformers.trainer", "peft",
     "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "deepspeed", "stages.training.trainer", "stages.data.prepare",
 )  # fmt: skip
-# Of the environment, what those read when they are imported: processes in which it differs have servers of their own.
-READ_BY_IMPORTS = (
-    "ACCELERATE_", "BNB_", "DS_", "HF_", "HOME", "HUGGINGFACE_", "KMP_", "LD_", "MKL_", "OMP_WAIT_POLICY", "OPENBLAS_", "PATH",
-    "PYTHONPATH", "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRITON_", "TRL_", "USE_", "XDG_",
+# Of the environment, what those and Python read when they start: processes in which it differs have servers of their own.
+READ_AT_START = (
+    "ACCELERATE_", "ARROW_", "BNB_", "DO_NOT_TRACK", "DS_", "FSSPEC_", "GOMP_", "HF_", "HOME", "HUGGINGFACE_", "KMP_", "LANG",
+    "LC_", "LD_", "MKL_", "OMP_WAIT_POLICY", "OPENBLAS_", "PATH", "PYTHONHASHSEED", "PYTHONIOENCODING", "PYTHONPATH",
+    "PYTHONUNBUFFERED", "PYTHONUTF8", "PYTHONWARNINGS", "PYTORCH_", "TORCH", "TQDM_", "TRANSFORMERS_", "TRITON_", "TRL_",
+    "USE_", "XDG_",
 )  # fmt: skip
 ACCELERATORS = ("nvidia", "kfd", "accel", "dxg", "davinci")  # in /dev
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux: prctl(2)
-SIZE = struct.Struct(">I")
+NUMBER = struct.Struct(">I")  # a length, a process id, a wait status
 
 
 def command(*arguments: str) -> list[str]:
@@ -56,11 +65,13 @@ def command(*arguments: str) -> list[str]:
 
 
 def py_executable() -> str:
-    """What Ray is to start worker processes with, on nodes that have our code and this Python in the same place; elsewhere they
-    are started as ever. Ray hands it to a shell."""
-    ours = [sys.executable, os.path.abspath(__file__)]
-    script = 'if [ -x "$1" ] && [ -f "$2" ]; then exec "$1" -I -S "$2" "${@:3}"; else exec python3 "${@:3}"; fi'
-    return shlex.join(["bash", "-c", script, "python", *ours])
+    """What Ray is to start worker processes with. On a node that does not have our code and this Python in the same places,
+    that is the Python whose Ray it is. Ray gives it to a shell, with the path of its worker's script and the arguments."""
+    script = (
+        'if [ -x "$1" ] && [ -f "$2" ]; then exec "$1" -I -S "$2" "${@:3}"; fi; '
+        'python="${3%/lib/python*}/bin/python3"; [ -x "$python" ] || python=python3; exec "$python" "${@:3}"'
+    )
+    return shlex.join(["bash", "-c", script, "python", sys.executable, os.path.abspath(__file__)])
 
 
 # ------------------------------------------------------------------------------------------------ the stand-in
@@ -68,15 +79,19 @@ def py_executable() -> str:
 
 def stand_in(arguments: list[str]) -> NoReturn:
     """Have `python ARGUMENTS` forked, and end as it ends; become it, where it cannot be forked."""
-    connection = _forked(arguments) if _possible() else None
+    connection = None
+    with suppress(OSError, ValueError):
+        if _possible():
+            connection = _forked(arguments)
     if connection is None:
         os.execv(sys.executable, [sys.executable, *arguments])
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):  # a pipe is to end when the forked process ends it
         os.dup2(null, fd)
-    told = connection.recv(SIZE.size)
-    code = os.waitstatus_to_exitcode(SIZE.unpack(told)[0]) if told else 1
+    status = _number(connection)
+    code = 1 if status is None else os.waitstatus_to_exitcode(status)
     if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the forked process has left its own
         with suppress(OSError):  # SIGKILL cannot be set
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -93,24 +108,34 @@ def _possible() -> bool:
 
 
 def _owner() -> int | None:
-    owner = os.environ.get(OWNER) or os.environ.get("RAY_RAYLET_PID", "")
+    owner = next(filter(None, map(os.environ.get, (WANTED, OWNER, "RAY_RAYLET_PID"))), "")
     return int(owner) if owner.isdigit() else None
 
 
 def _forked(arguments: list[str]) -> socket.socket | None:
-    """A connection to the server that has forked a process for us; None where none can."""
+    """A connection to the server that has forked a process for us; None where it could not.
+
+    Raises:
+        OSError: there can be no server, or it has gone.
+    """
     request = json.dumps({
         "arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "umask": _umask(),
-        "nice": os.getpriority(os.PRIO_PROCESS, 0), "oom_score_adj": Path("/proc/self/oom_score_adj").read_text(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0), "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "oom_score_adj": Path("/proc/self/oom_score_adj").read_text(),
     }).encode()  # fmt: skip
-    try:
-        connection = _connected()
-        files = array.array("i", [0, 1, 2])
-        connection.sendmsg([SIZE.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
-        connection.sendall(request)
-        return connection if connection.recv(1) else None  # when all is imported and the process is there
-    except OSError:
+    connection = _connected()
+    if not connection.recv(1):  # it comes when all is imported: files that are sent before would stay open until then
         return None
+    connection.sendmsg(
+        [NUMBER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+    )
+    connection.sendall(request)
+    pid = _number(connection)
+    if pid is None:
+        return None
+    for each in HANDED_ON:
+        signal.signal(each, lambda number, _: _signal_group(pid, number))
+    return connection
 
 
 def _umask() -> int:
@@ -119,16 +144,35 @@ def _umask() -> int:
     return mask
 
 
+def _number(connection: socket.socket) -> int | None:
+    """The next number that is told; None at the end."""
+    told = connection.recv(NUMBER.size, socket.MSG_WAITALL)
+    return NUMBER.unpack(told)[0] if len(told) == NUMBER.size else None
+
+
+def _signal_group(pid: int, number: int) -> None:
+    """To a forked process and what it has started."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:  # it has not come to make a group of its own, or is gone
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def _connected() -> socket.socket:
     """Connected to the server, which is started where there is none.
 
     Raises:
         OSError: there can be none.
     """
-    folder, name = _folder(), f"{_owner()}-{_key()}"
-    where = folder / f"{name}.sock"
-    if (folder / f"{name}.failed").exists():
-        raise ConnectionRefusedError(name)
+    owner, folder = _owner(), _folder()
+    began = _began(owner)
+    if began is None:
+        raise ProcessLookupError(owner)
+    where = folder / f"{owner}-{began}-{_key()}.sock"
+    with suppress(FileNotFoundError):
+        if time.time() - where.with_suffix(".failed").stat().st_mtime < FAILED_SECONDS:
+            raise ConnectionRefusedError(where)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -142,8 +186,10 @@ def _connected() -> socket.socket:
 
 
 def _folder() -> Path:
-    """Where servers listen: they run what they are asked to, so nobody else may ask."""
-    folder = Path(tempfile.gettempdir()) / f"raylign-{os.getuid()}"
+    """Where servers listen. They run what they are asked to, so nobody else may ask; and processes have other numbers in a
+    container that shares the folder above."""
+    numbers = os.stat("/proc/self/ns/pid").st_ino
+    folder = Path(tempfile.gettempdir()) / f"raylign-{os.getuid()}-{numbers}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
@@ -151,16 +197,32 @@ def _folder() -> Path:
     return folder
 
 
+def _began(pid: int | str | None) -> str | None:
+    """When a process was started, which tells it from others of its number; None where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]
+
+
 def _key() -> str:
-    read = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(READ_BY_IMPORTS))
-    told = "\0".join([sys.executable, os.path.abspath(__file__), *read])
-    return hashlib.sha256(os.fsencode(told)).hexdigest()[:16]
+    """The same for processes that one server can serve: their interpreter, what it has installed, our code, the environment,
+    and the namespaces (networks, mounts), of which a forked process has the server's."""
+    installed = Path(sys.executable).parent.parent.glob("lib/python*/site-packages")
+    code = Path(__file__).parent.rglob("*.py")
+    newest = [max((file.stat().st_mtime_ns for file in files), default=0) for files in (installed, code)]
+    read = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(READ_AT_START))
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in sorted(os.listdir("/proc/self/ns"))]
+    decides = "\0".join([sys.executable, os.path.abspath(__file__), *map(str, newest), *read, *spaces])
+    return hashlib.sha256(os.fsencode(decides)).hexdigest()[:16]
 
 
 def _sweep(folder: Path) -> None:
     """Remove what servers of owners that are gone have left."""
-    for file in folder.glob("*-*"):
-        if not os.path.exists(f"/proc/{file.name.partition('-')[0]}"):
+    for file in folder.glob("*-*-*"):
+        owner, began, _ = file.name.split("-")
+        if _began(owner) != began:
             file.unlink(missing_ok=True)
 
 
@@ -178,13 +240,23 @@ def _start(where: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the server
 
 
-def serve(where: Path) -> NoReturn:
-    """Fork a process for whoever asks at the socket that is standard input, until the owner is gone."""
-    import gc
+@dataclass(frozen=True)
+class Forked:
+    """What a forked process is to be."""
 
-    owner = os.pidfd_open(int(where.name.partition("-")[0]))
+    request: dict[str, Any]
+    files: list[int]  # standard input, output and error
+    added: dict[str, str]  # to the environment, by the imports
+    server: int
+
+
+def serve(where: Path) -> Forked:
+    """Fork a process for whoever asks at the socket that is standard input, until the owner is gone. Returns in the forked
+    processes only."""
     listening = socket.socket(fileno=os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     before = dict(os.environ)
     try:
         _import()
@@ -192,152 +264,166 @@ def serve(where: Path) -> NoReturn:
         where.with_suffix(".failed").touch()
         raise
     added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    gc.collect()
-    gc.freeze()  # the collector writes to what it looks at, and then the processes would not share it
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    children: dict[int, socket.socket] = {}  # process id -> its stand-in
+    owner, began, _ = where.name.split("-")
+    server, children = os.getpid(), dict[int, socket.socket]()  # process id -> its stand-in
+    idle_since = time.monotonic()
+    watched = selectors.DefaultSelector()
+    for each in (woken, listening):
+        watched.register(each, selectors.EVENT_READ)
     while True:
-        stand_ins = {connection: pid for pid, connection in children.items() if connection.fileno() >= 0}
-        watched: list[Any] = [owner, woken, listening, *stand_ins]
-        ready, _, _ = select.select(watched, [], [], None if children else IDLE_SECONDS)
-        if not ready or owner in ready:
-            for kind in (".sock", ".log"):
+        ready = {key.fileobj for key, _ in watched.select(LOOK_SECONDS)}
+        if children or ready:
+            idle_since = time.monotonic()
+        if _began(owner) != began or time.monotonic() - idle_since > IDLE_SECONDS:
+            for pid in children:
+                _signal_group(pid, signal.SIGKILL)
+            for kind in (".log", ".sock"):
                 where.with_suffix(kind).unlink(missing_ok=True)
-            os._exit(0)  # and the children with it (PR_SET_PDEATHSIG)
-        for connection in stand_ins.keys() & set(ready):  # they never say anything: it is gone
-            connection.close()
-            _kill(stand_ins[connection])
+            os._exit(0)
+        for pid, connection in children.items():
+            if connection in ready:  # it says nothing, so it has gone
+                watched.unregister(connection)
+                _signal_group(pid, signal.SIGKILL)
         if woken in ready:
             woken.recv(4096)
-            _reap(children)
-        if listening in ready:
-            connection, _ = listening.accept()
-            try:
-                request, files = _received(connection)
-            except (OSError, ValueError):  # it went away meanwhile
-                connection.close()
-                continue
-            pid = os.fork()
-            if pid == 0:
-                for other in [listening, woken, wake, connection, *children.values()]:
+            _reap(children, watched)
+        if listening in ready and (asked := _accepted(listening)):
+            connection, request, files = asked
+            child = _fork()
+            if child == 0:
+                signal.set_wakeup_fd(-1)
+                watched.close()
+                for other in (listening, woken, wake, connection, *children.values()):
                     other.close()
-                os.close(owner)
-                _become(request, files, added)
+                return Forked(request, files, added, server)
             for file in files:
                 os.close(file)
-            children[pid] = connection
+            if child is None:
+                connection.close()
+                continue
+            children[child] = connection
+            watched.register(connection, selectors.EVENT_READ)
             with suppress(OSError):
-                connection.send(b"+")
+                connection.send(NUMBER.pack(child))
 
 
 def _import() -> None:
+    import gc
     import importlib
 
-    sys.path[0] = str(Path(__file__).parent.parent)  # it was the folder of this file
+    root = str(Path(__file__).parent.parent)
+    sys.path[0] = root  # it was the folder of this file
     for name in IMPORTS:
         importlib.import_module(name)
-    del sys.path[0]
+    sys.path.remove(root)
+    sys.stdout.flush()  # what is left in it would be written once more by each that is forked
+    sys.stderr.flush()
+    gc.collect()
+    gc.freeze()  # the collector writes to what it looks at, and then the processes would not share it
 
 
-def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    connection.settimeout(5)
-    size, files, _, _ = socket.recv_fds(connection, SIZE.size, 3)
-    left, parts = SIZE.unpack(size)[0] if len(size) == SIZE.size else 0, []
-    while left:
-        parts.append(connection.recv(min(left, 1 << 20)))
-        if not parts[-1]:
-            break
-        left -= len(parts[-1])
-    connection.settimeout(None)
-    return json.loads(b"".join(parts)), files
-
-
-def _kill(pid: int) -> None:
+def _accepted(listening: socket.socket) -> tuple[socket.socket, dict[str, Any], list[int]] | None:
+    """A stand-in, what it asks for and its standard files; None where it has gone meanwhile."""
+    files: list[int] = []
+    connection = None
     try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has not come to make a group of its own
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        connection, _ = listening.accept()
+        connection.settimeout(5)
+        connection.send(b"?")
+        size, files, _, _ = socket.recv_fds(connection, NUMBER.size, 3)
+        left, parts = NUMBER.unpack(size)[0], []
+        while left:
+            parts.append(connection.recv(min(left, 1 << 20)))
+            left -= len(parts[-1]) or left
+        request = json.loads(b"".join(parts))
+        connection.settimeout(None)
+        return connection, request, files
+    except (OSError, ValueError, struct.error):
+        for file in files:
+            os.close(file)
+        if connection is not None:
+            connection.close()
+        return None
 
 
-def _reap(children: dict[int, socket.socket]) -> None:
+def _fork() -> int | None:
+    """As os.fork; None where there is no room for one more process."""
+    try:
+        return os.fork()
+    except OSError:
+        return None
+
+
+def _reap(children: dict[int, socket.socket], watched: selectors.BaseSelector) -> None:
     """Tell the stand-ins of processes that have ended how."""
     for pid, connection in list(children.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            del children[pid]
+            with suppress(KeyError):  # where the stand-in went first
+                watched.unregister(connection)
             with suppress(OSError):
-                connection.send(SIZE.pack(status))
+                connection.send(NUMBER.pack(status))
             connection.close()
+            del children[pid]
 
 
-def _become(request: dict[str, Any], files: list[int], added: dict[str, str]) -> NoReturn:
-    """In the forked process: be what was asked for."""
-    import atexit
+# ------------------------------------------------------------------------------------------------ the forked process
+
+
+def become(forked: Forked) -> NoReturn:
+    """Be what was asked for."""
     import ctypes
-    import threading
-    import traceback
+    import runpy
 
+    request = forked.request
     os.setsid()
-    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    program = request["arguments"][1 if request["arguments"][0] == "-m" else 0]
+    module = request["arguments"][0] == "-m"
+    program, *arguments = request["arguments"][module:]
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_NAME, os.fsencode(program.rpartition("/")[2].rpartition("pipeline.")[2])[:15], 0, 0, 0)
-    for fd, file in enumerate(files):
+    if os.getppid() != forked.server:  # it has gone before it could take us with it
+        os._exit(1)
+    for fd, file in enumerate(forked.files):
         os.dup2(file, fd)
         os.close(file)
     os.chdir(request["folder"])
     os.umask(request["umask"])
     os.environ.clear()
-    os.environ.update(added | request["environment"])
-    with suppress(OSError):  # to less niceness than the server's, which not everybody may
+    os.environ.update(forked.added | request["environment"])
+    with suppress(OSError):  # not everybody may be nicer than the server
         os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
+    with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"])
-    _threads()
-    code: Any = 0
-    try:
-        _run(request["arguments"])
-    except SystemExit as error:
-        code = error.code
-        if not isinstance(code, int | None):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does at its end: the server's is not reached
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+    with suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["open_files"]))
+    _of_its_own()
+    sys.argv = [program, *arguments]
+    if module:
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    sys.exit()
 
 
-def _threads() -> None:
-    """OpenMP read its number of threads when it was loaded."""
+def _of_its_own() -> None:
+    """What libraries decide when they are loaded: OpenMP its threads, numpy where its random numbers begin."""
+    import numpy
     import torch
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-
-
-def _run(arguments: list[str]) -> None:
-    import runpy
-
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+    numpy.random.seed()
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    torch.set_num_threads(max(1, int(threads)) if threads.isdigit() else len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(Path(sys.argv[2]))
+        become(serve(Path(sys.argv[2])))
     stand_in(sys.argv[1:])

@@ -26,7 +26,7 @@ os.environ.update(ENVIRONMENT | WORKER_PROCESSES | {"TORCHDYNAMO_DISABLE": "1"})
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ[forkserver.OWNER] = str(os.getpid())  # all runs of the tests are forked from the same process
+os.environ[forkserver.WANTED] = str(os.getpid())  # all runs of the tests are forked from the same process
 os.environ["COLUMNS"] = "160"
 
 # Modules that specs of tests name: Ray's processes, which the tests share, are told where to look when they are started.

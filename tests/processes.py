@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,5 +15,6 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     for server in psutil.process_iter(["cmdline"]):
         line = server.info["cmdline"] or []
         if "--serve" in line and Path(line[-1]).name.partition("-")[0] in owners:
-            found |= {p.pid: p for p in (server, *server.children(recursive=True))}
+            with suppress(psutil.NoSuchProcess):
+                found |= {p.pid: p for p in (server, *server.children(recursive=True))}
     return list(found.values())

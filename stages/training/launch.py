@@ -33,7 +33,19 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-OWN_PYTHON = {"conda", "container", "image_uri", "pip", "py_executable", "uv"}  # of a job's runtime environment
+# Of a job's runtime environment, what decides with which Python its processes are started.
+OWN_PYTHON = {
+    "_nsight",
+    "_rocprof_sys",
+    "conda",
+    "container",
+    "image_uri",
+    "nsight",
+    "pip",
+    "py_executable",
+    "rocprof_sys",
+    "uv",
+}
 
 # What Ray says of a worker whose process is gone, and a worker's process group where another one is.
 ECHOES = (
@@ -92,7 +104,9 @@ def runtime_environment(env: dict[str, str]) -> dict[str, Any]:
     """Of a stage's processes, for Ray. That of a submitted job is theirs too, and Ray refuses what says the same again."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     told: dict[str, Any] = {"env_vars": {k: v for k, v in env.items() if k not in job.get("env_vars", {})}}
-    return told if job.keys() & OWN_PYTHON else told | {"py_executable": forkserver.py_executable()}
+    if job.keys() & OWN_PYTHON or os.environ.get(forkserver.WANTED) == "0":
+        return told
+    return told | {"py_executable": forkserver.py_executable()}
 
 
 def use_given_threads() -> None:
@@ -100,8 +114,9 @@ def use_given_threads() -> None:
     (stages/forkserver.py)."""
     import torch
 
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdigit():
+        torch.set_num_threads(max(1, int(threads)))
 
 
 def worker_rank() -> tuple[int, int]:

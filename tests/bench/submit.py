@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    del os.environ[forkserver.OWNER]  # each run does the imports anew, as those of users do
+    del os.environ[forkserver.WANTED]  # each run does the imports anew, as those of users do
     root = Path(tempfile.mkdtemp(prefix="bench-submit-"))
     (work := root / "work").mkdir()
     make_data(work)

@@ -24,6 +24,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from stages import forkserver
 from stages.cluster import HEAD
 
 STORE = 80 << 20  # bytes of each node's object store
@@ -32,8 +33,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 def plain_environment() -> dict[str, str]:
-    """This process's, without what a Ray of one machine may have set in it."""
-    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")}
+    """This process's, without what a Ray of one machine may have set in it, and what its own runs are forked from."""
+    gone = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", forkserver.WANTED)
+    return {k: v for k, v in os.environ.items() if k not in gone}
 
 
 @contextmanager

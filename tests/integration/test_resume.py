@@ -410,7 +410,7 @@ stages:
 def started(folder: Path, name: str, model: str, data: Path) -> subprocess.Popen[str]:
     (folder / f"{name}.yaml").write_text(SPEC.format(name=name, model=model, data=data))
     env = {
-        k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", forkserver.OWNER)
+        k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", forkserver.WANTED)
     }  # its processes are its own
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", f"{name}.yaml"], cwd=folder, env=env, text=True,

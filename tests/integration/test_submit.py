@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
+from stages import forkserver
+
 pytestmark = pytest.mark.cluster
 
 BIN = str(Path(sys.executable).parent)
@@ -51,7 +53,7 @@ class Head:
 
 def clean(**more: str) -> dict[str, str]:
     """This environment without what would lead Ray elsewhere."""
-    gone = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "HF_TOKEN")
+    gone = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "HF_TOKEN", forkserver.WANTED)
     kept = {name: value for name, value in os.environ.items() if name not in gone}
     return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "160"} | more
 
