@@ -7,7 +7,8 @@
     runs/NAME/.previous/STAGE-FINGERPRINT/    what a changed spec replaced: changing it back finds it again
 
 A stage is made in `.work` and becomes visible by one rename, its manifest written before it. In an object store, where nothing
-can be renamed, it is the manifest, sent last, that makes it visible; here is its mirror (stages/storage.py).
+can be renamed, it is the manifest, sent last, that makes it visible; here is its mirror (stages/storage.py). What was cut off
+while it was sent has SENDING beside its manifest, and is sent again.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.lease import is_leased, leased
 from stages.base import Artifact
 from stages.data.files import split_address
 from stages.errors import DataError, RaylignError
-from stages.storage import address, is_remote, mirrored, names, pull, push, remove, use
+from stages.storage import address, is_remote, mirrored, names, pull, push, remove, there, use
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a run or a stage: of a folder, that is
 SHORT = 12  # characters of a fingerprint in a folder's name
+SENDING = ".sending"
 LARGE = ("model", "adapter", "data", "checkpoints")
 
 
@@ -127,12 +130,12 @@ class RunFolder:
         return self.path / ".previous" / f"{name}-{fingerprint[:SHORT]}"
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        return read_json(pull(self.stage(name) / "manifest.json"))
+        return _manifest(self.stage(name))
 
     def find(self, name: str, fingerprint: str) -> Path | None:
         """The folder of a published artifact: the stage's own, or where a change that was taken back had put it aside."""
         for folder in (self.stage(name), self._previous(name, fingerprint)):
-            manifest = read_json(pull(folder / "manifest.json"))
+            manifest = _manifest(folder)
             if manifest is not None and manifest["fingerprint"] == fingerprint:
                 return folder
         return None
@@ -143,10 +146,12 @@ class RunFolder:
         return any(work.glob("checkpoints/checkpoint-*/complete.json")) or "rewards" in names(work)
 
     def recall(self, name: str, fingerprint: str) -> None:
-        """Bring a published artifact to its place if a later one stands there."""
+        """Bring a published artifact to its place if a later one stands there; finish sending it where that was cut off."""
         manifest = self.manifest(name)
         if manifest is None or manifest["fingerprint"] != fingerprint:
             self._replace(name, self._previous(name, fingerprint))
+        elif (self.stage(name) / SENDING).is_file():
+            _send(self.stage(name))
 
     def publish(self, name: str, manifest: dict[str, Any]) -> Path:
         """Make a finished stage visible. What stood there is kept aside."""
@@ -159,18 +164,18 @@ class RunFolder:
         target, old = self.stage(name), self.manifest(name)
         if mirrored(source):
             pull(source, without=("checkpoints",)), pull(target)
+        if old is None and mirrored(target) and target.exists():
+            _remove(target)  # of a stage that the store does not have
         if target.exists():
             aside = self._previous(name, old["fingerprint"] if old else "unknown")
             aside.parent.mkdir(exist_ok=True)
             if aside.exists():
                 _remove(aside)
             os.replace(target, aside)
-            push(aside, last="manifest.json", without=("checkpoints",))
+            _send(aside)
             remove(target, first="manifest.json")
         os.replace(source, target)
-        push(
-            target, last="manifest.json", without=("checkpoints",)
-        )  # they have led to the model: there they are not kept
+        _send(target)
         remove(source, first="manifest.json")
 
     def artifact(self, name: str) -> Artifact:
@@ -197,6 +202,8 @@ class RunFolder:
 
     def is_locked(self) -> bool:
         """Whether a process is carrying the run out."""
+        if mirrored(self.path):
+            return is_leased(self.path)
         try:
             with self.lock():
                 return False
@@ -204,8 +211,8 @@ class RunFolder:
             return True
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process carries out a run at a time.
+    def lock(self, say: Callable[[str], None] = print) -> Iterator[Callable[[], None]]:
+        """Only one process carries out a run at a time. Gives what raises a StageError where that is no longer this one.
 
         Raises:
             RaylignError: another process holds it.
@@ -216,7 +223,26 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RaylignError(f"{self.path}: another process is carrying out this run") from None
-            yield
+            if not mirrored(self.path):
+                yield lambda: None
+                return
+            with leased(self.path, say) as lease:
+                yield lease.check
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a published artifact. The mirror's own copy of one that the store has not counts only while it is being
+    sent from here: it may be that somebody has removed it there."""
+    file = folder / "manifest.json"
+    return read_json(file) if (folder / SENDING).is_file() or there(file) else None
+
+
+def _send(folder: Path) -> None:
+    """Publish a folder in the store, where there is one. Checkpoints have led to the model: there they are not kept."""
+    if mirrored(folder):
+        (folder / SENDING).touch()
+        push(folder, last="manifest.json", without=("checkpoints",))
+        (folder / SENDING).unlink()
 
 
 def _remove(folder: Path) -> None:

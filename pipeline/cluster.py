@@ -7,14 +7,16 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.capacity import machine
+from stages.base import Resources
 from stages.capacity import Capacity, Growth
 from stages.cluster import GROWTH, WAIT, answers, check_shared, nodes, read_growth, why_not
 from stages.errors import StageError
-from stages.training.launch import ENVIRONMENT
+from stages.training.launch import ENVIRONMENT, per_worker
 
 LOOK_AGAIN_SECONDS = 1.0
 # Ray ends every process that has not heard from the head (its GCS) for so long, without a word: we say it before.
@@ -47,6 +49,7 @@ class RayCluster:
         self._head: str | None = None  # host:port of its GCS
         self._looked = self._heard = 0.0
         self._lost = False
+        self._asked: list[dict[str, float]] = []  # of the autoscaler
 
     @property
     def local(self) -> bool:
@@ -169,9 +172,23 @@ class RayCluster:
 
             check_shared(folder, [node["NodeID"] for node in ray.nodes() if node["Alive"]])
 
+    def grow_for(self, stages: Sequence[Resources]) -> None:
+        """Have a cluster grow to the most workers of stages that train with a range of them (`workers: 2..8`). Ray keeps one
+        such request for all of a cluster, until the next one; nobody takes back that of a run that was killed."""
+        if self.local or not self._connected:
+            return
+        bundles = [per_worker(each) for each in stages if each.at_least is not None for _ in range(each.workers)]
+        if bundles != self._asked:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=bundles)
+            self._asked = bundles
+
     def stop(self) -> None:
         if self._thread is not None:
             self._ready.wait()
+        if self._asked and not self._lost:
+            self.grow_for([])
         if self.ours and "ray" in sys.modules and not self._lost:  # it would wait for the head's answer
             sys.modules["ray"].shutdown()
         self._over.set()

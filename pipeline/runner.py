@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from stages.training.launch import ENVIRONMENT
 from stages.training.stage import TrainStage
 
 LIBRARIES = ("raylign", "torch", "transformers", "trl", "peft", "deepspeed", "ray", "accelerate")
+TRAINING = ("start", "start judges", "train", "recover")  # phases of a stage whose workers are wanted
 SIDE_BY_SIDE = max(4, os.cpu_count() or 1)  # stages: each has a process here, wherever its workers are
 
 
@@ -48,8 +50,8 @@ def run_plan(plan: Plan, quiet: bool = False) -> None:
     """
     use(plan.spec.storage)
     own.use(plan.spec.folder)
-    with plan.folder.lock(), Terminal(quiet) as terminal:
-        run = _Run(plan, terminal)
+    with Terminal(quiet) as terminal, plan.folder.lock(terminal.note) as check_lock:
+        run = _Run(plan, terminal, check_lock)
         try:
             run.carry_out()
         except OSError as error:  # a full disk, say
@@ -70,8 +72,8 @@ class Running:
 
 
 class _Run:
-    def __init__(self, plan: Plan, terminal: Terminal) -> None:
-        self.plan, self.terminal, self.folder = plan, terminal, plan.folder
+    def __init__(self, plan: Plan, terminal: Terminal, check_lock: Callable[[], None]) -> None:
+        self.plan, self.terminal, self.folder, self.check_lock = plan, terminal, plan.folder, check_lock
         self.cluster = RayCluster()
         self.tracking = Tracking(plan, terminal.note)
         self.running: dict[str, Running] = {}
@@ -94,7 +96,9 @@ class _Run:
                 self.cluster.start()
             while self._start_ready() or self.running:
                 self._watch()
+                self.check_lock()
                 self.cluster.check()
+                self.cluster.grow_for([r.planned.resources for n, r in self.running.items() if self._trains(n)])
                 self.report.follow()
                 time.sleep(0.05)
             self.failed |= push_stages(self.plan, self.state["stages"], self.terminal.note)
@@ -289,6 +293,10 @@ class _Run:
             if running.process.stdin:
                 running.process.stdin.close()
             self._finish(running, code)
+
+    def _trains(self, name: str) -> bool:
+        """Whether a stage is past its data: nodes for its workers are of use from then on."""
+        return self.terminal.phase(name) in TRAINING
 
     def _finish(self, running: Running, code: int) -> None:
         name, planned, work = running.planned.name, running.planned, running.work

@@ -6,7 +6,7 @@ DeepSpeed and template files) are relative to the folder of the spec.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from pydantic import Field
@@ -71,7 +71,8 @@ class Spec(Config):
     @property
     def folder(self) -> str:
         """Where the spec lies: modules of the user's are looked for there. Of one made in Python, the present folder."""
-        return str(Path(self.file).resolve().parent if self.file else Path.cwd())
+        # Not where a link leads to: files of a Kubernetes ConfigMap are links into a folder that each pod calls otherwise.
+        return os.path.dirname(os.path.abspath(self.file)) if self.file else os.getcwd()
 
     @property
     def template(self) -> str | None:

@@ -8,12 +8,14 @@ machine nothing of this is used.
 from __future__ import annotations
 
 import os
+import queue
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.base import Reporter
 from stages.capacity import Capacity, Growth, Need, Node, NodeType
@@ -167,7 +169,7 @@ def growth_of(config: Mapping[str, Any]) -> Growth:
 # ------------------------------------------------------------------------------------------------ waiting for room
 
 
-def wait_for_room(needs: Sequence[Need], report: Reporter, shared: Path | None = None) -> None:
+def wait_for_room(needs: Sequence[Need], report: Reporter | None, shared: Path | None = None) -> None:
     """Wait until the cluster has room for all processes at once, saying for what and how long.
 
     The waiting is a placement group of theirs, which makes an autoscaler start nodes; it is given back when it is there, for
@@ -185,27 +187,88 @@ def wait_for_room(needs: Sequence[Need], report: Reporter, shared: Path | None =
         return
     from ray.util import placement_group, placement_group_table, remove_placement_group
 
-    limit = float(os.environ.get(WAIT, WAIT_SECONDS))
-    began = time.monotonic()
+    limit, began = wait_seconds(), time.monotonic()
     group = placement_group(bundles, strategy="PACK")
     try:
         said, last = "", 0.0
         while not group.wait(POLL_SECONDS):
             waited, what = time.monotonic() - began, capacity().waits_for(needs)
             if waited > limit:
-                raise StageError(
-                    f"waited {waited:.0f} s for {what}\n  give it longer (cluster.wait_minutes), ask for less, or let the "
-                    "cluster grow further"
-                )
-            if what != said or waited - last > SAY_SECONDS:
+                raise _waited(waited, what)
+            if report is not None and (what != said or waited - last > SAY_SECONDS):
                 said, last = what, waited
                 report.waiting(what, waited, limit)
-        if said:
+        if report is not None and said:
             report.waiting(None)
         if shared is not None:
             check_shared(shared, placement_group_table(group)["bundles_to_node_id"].values())
     finally:
         remove_placement_group(group)
+
+
+def wait_seconds() -> float:
+    return float(os.environ.get(WAIT, WAIT_SECONDS))
+
+
+def _waited(seconds: float, what: str) -> StageError:
+    return StageError(
+        f"waited {seconds:.0f} s for {what}\n  give it longer (cluster.wait_minutes), ask for less, or let the cluster "
+        "grow further"
+    )
+
+
+Result = TypeVar("Result")
+
+
+def while_there_are_nodes(results: Iterable[Result], need: Need, report: Reporter | None) -> Iterator[Result]:
+    """What Ray Data's tasks give, as it comes. Ray Data waits for ever where no node is left that could hold one: that is told,
+    and bounded.
+
+    Args:
+        need: one task.
+
+    Raises:
+        StageError: there was no node for as long as `cluster.wait_minutes` allows.
+    """
+    if not on_cluster():
+        yield from results
+        return
+    got: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+
+    def take() -> None:
+        try:
+            for result in results:
+                got.put(("result", result))
+            got.put(("end", None))
+        except BaseException as error:  # handed on below
+            got.put(("error", error))
+
+    threading.Thread(target=take, name="results", daemon=True).start()
+    none_since, said = None, False
+    while True:
+        try:
+            kind, value = got.get(timeout=SAY_SECONDS)
+        except queue.Empty:
+            has = capacity()
+            if any(Capacity.of(node.total).room(need.each) >= 1 for node in has.nodes):
+                none_since = None
+                continue
+            none_since = none_since or time.monotonic()
+            waited, what = time.monotonic() - none_since, has.waits_for([need])
+            if waited > wait_seconds():
+                raise _waited(waited, what) from None
+            if report is not None:
+                report.waiting(what, waited, wait_seconds())
+                said = True
+            continue
+        if report is not None and said:
+            report.waiting(None)
+            said = False
+        if kind == "end":
+            return
+        if kind == "error":
+            raise value
+        yield value
 
 
 # ------------------------------------------------------------------------------------------------ where data is prepared

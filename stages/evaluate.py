@@ -135,7 +135,7 @@ class Evaluate(Stage):
             tokenizer = load_tokenizer(artifact.model, ctx.chat_template)
             tasks: list[tuple[Task, list[DataSource]]] = [("evaluation", chats), ("preference", pairs)]
             prepared = {
-                task: prepare(sources, self.recipe(task, tokenizer), ctx.prepared)
+                task: prepare(sources, self.recipe(task, tokenizer), ctx.prepared, report=ctx.report)
                 for task, sources in tasks
                 if sources and not (task == "evaluation" and artifact.kind == "reward model")
             }

@@ -160,7 +160,8 @@ class Generate(Stage):
                 f"max_new_tokens: {self.max_new_tokens} leaves no room for a prompt in the model's {limit} positions"
             )
         recipe = self.recipe(load_tokenizer(model, ctx.chat_template), limit and limit - self.max_new_tokens)
-        data = prepare(self.data, recipe, ctx.prepared, lambda done, total: ctx.report.progress(done, total, "chunk"))
+        progress = lambda done, total: ctx.report.progress(done, total, "chunk")  # noqa: E731
+        data = prepare(self.data, recipe, ctx.prepared, progress, ctx.report)
         check_lost(data.manifest["ledger"], self.max_dropped)
         return data
 

@@ -33,7 +33,7 @@ STORAGE, CACHE = "RAYLIGN_STORAGE", "RAYLIGN_CACHE"
 AT_ONCE = 8  # files on their way
 BLOCK = 8 << 20
 # Files that are one node's own: locks, and what is being written.
-OWN = (".lock", ".pull-", ".tmp")
+OWN = (".lock", ".pull-", ".tmp", ".sending")
 
 
 def is_remote(storage: str) -> bool:
@@ -241,6 +241,36 @@ def put(path: Path, text: str) -> None:
     assert key is not None, f"{path} is not of a mirror"
     with _told(address(path)), _store().fs.open_output_stream(key) as out:
         out.write(text.encode())
+
+
+def stored(path: Path) -> dict[str, int]:
+    """What the store has of a folder: the path of each file in it -> bytes. Of a single file its own name."""
+    key = _key(path)
+    assert key is not None, f"{path} is not of a mirror"
+    with _told(address(path)):
+        found = _store().files(key)
+    return {name[len(key) :].strip("/") or path.name: info.size for name, info in found.items()}
+
+
+def there(path: Path) -> bool:
+    """Whether there is such a file: of a store not what only this node's mirror has, be it left of what was removed there."""
+    return pull(path).is_file() and (not mirrored(path) or bool(stored(path)))
+
+
+def look(path: Path) -> tuple[str, float] | None:
+    """A small file as the store has it, and since when (s since 1970, by the store's clock); None where it is not there."""
+    key = _key(path)
+    assert key is not None, f"{path} is not of a mirror"
+    store = _store()
+    with _told(address(path)):
+        info = store.fs.get_file_info(key)
+        if info.type != fs.FileType.File:
+            return None
+        try:
+            with store.fs.open_input_stream(key) as source:
+                return source.read().decode(), info.mtime_ns / 1e9
+        except FileNotFoundError:  # removed meanwhile
+            return None
 
 
 def _same(file: Path, info: fs.FileInfo) -> bool:

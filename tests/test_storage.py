@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+import boto3
 import pytest
 
+from pipeline import lease
 from pipeline.artifacts import RunFolder
 from stages import storage
-from stages.errors import StageError
+from stages.errors import RaylignError, StageError
 from stages.storage import address, mirrored, names, pull, push, remove, use
+from stages.training.checkpoint import Record, hash_file, newest_sound, publish
+from stages.training.checkpoint import forget as forget_checkpoints
 
 
 @pytest.fixture
@@ -147,6 +153,95 @@ def test_artifacts_are_published_replaced_and_recalled(where: str) -> None:
     assert folder.find("sft", "two" * 10) is not None
 
 
+def test_what_was_cut_off_while_it_was_sent_is_sent_again(where: str) -> None:
+    root = use(where)
+    folder = RunFolder(root / "run")
+    file = root / "run" / "sft" / "manifest.json"
+    with without_the_bucket(), pytest.raises(StageError, match="s3://bucket"):
+        published(folder, "one" * 10)
+    assert file.is_file() and not storage.there(file), "the store has nothing of it"
+    assert folder.find("sft", "one" * 10) == folder.stage("sft"), "but it is whole, and here"
+    folder.recall("sft", "one" * 10)
+    forget(root)
+    assert folder.find("sft", "one" * 10) == folder.stage("sft")
+    assert (pull(folder.stage("sft")) / "model" / "weights").read_text() == "one" * 10
+
+
+@contextmanager
+def without_the_bucket() -> Iterator[None]:
+    """It is really gone meanwhile, and comes back with what was in it."""
+    store = storage._store()
+    host = dict(p.split("=") for p in store.options.strip("?").split("&"))["endpoint_override"]
+    client = boto3.client("s3", endpoint_url=f"http://{host}")
+    kept = {}
+    for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
+        kept[found["Key"]] = client.get_object(Bucket="bucket", Key=found["Key"])["Body"].read()
+        client.delete_object(Bucket="bucket", Key=found["Key"])
+    client.delete_bucket(Bucket="bucket")
+    try:
+        yield
+    finally:
+        client.create_bucket(Bucket="bucket")
+        for key, body in kept.items():
+            client.put_object(Bucket="bucket", Key=key, Body=body)
+
+
+def test_what_somebody_removed_in_the_store_is_not_there(where: str) -> None:
+    root = use(where)
+    folder = RunFolder(root / "run")
+    published(folder, "one" * 10)
+    remove(folder.stage("sft"))
+    assert (folder.stage("sft") / "manifest.json").is_file(), "the mirror has it still"
+    assert folder.find("sft", "one" * 10) is None and folder.manifest("sft") is None
+    published(folder, "one" * 10)
+    forget(root)
+    assert (pull(folder.stage("sft")) / "model" / "weights").read_text() == "one" * 10
+    assert not names(folder.path / ".previous"), "what was left of the first is gone"
+
+
+def test_only_one_carries_out_a_run_of_a_bucket(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    folder = use(where) / "run"
+    folder.mkdir(parents=True)
+    said: list[str] = []
+    with lease.leased(folder, said.append) as held:
+        assert lease.is_leased(folder) and RunFolder(folder).is_locked()
+        monkeypatch.setattr(lease.socket, "gethostname", lambda: "elsewhere")
+        with pytest.raises(RaylignError, match=rf"process {os.getpid()} on .* is carrying out this run"):
+            lease.leased(folder, said.append).__enter__()
+        assert "may be carrying out this run" in said[0]
+        held.check()
+    assert not lease.is_leased(folder) and not RunFolder(folder).is_locked()
+
+
+def test_the_lease_of_one_that_is_gone_is_taken(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    folder = use(where) / "run"
+    folder.mkdir(parents=True)
+    gone = json.dumps({"id": "x", "beat": 7, "host": "elsewhere", "process": 1})
+    storage.put(folder / lease.FILE, gone)
+    began = time.monotonic()
+    with lease.leased(folder, lambda _: None) as held:
+        assert 1.5 <= time.monotonic() - began < 10
+        storage.put(folder / lease.FILE, gone)  # it was not gone, but cut off
+        while not held._lost:
+            time.sleep(0.05)
+            assert time.monotonic() - began < 20
+        with pytest.raises(StageError, match="process 1 on elsewhere has taken over this run"):
+            held.check()
+    assert storage.look(folder / lease.FILE) is not None, "the other's is left alone"
+    here = {"id": "y", "beat": 7, "host": lease.socket.gethostname(), "process": 2**22 - 1}
+    storage.put(folder / lease.FILE, json.dumps(here))
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 60.0)
+    began = time.monotonic()
+    with lease.leased(folder, lambda _: None):
+        assert time.monotonic() - began < 10, "a process of this machine that is no more is not waited for"
+
+
 def test_a_run_is_opened_by_its_address(where: str) -> None:
     root = use(where)
     folder = RunFolder(root / "run")
@@ -158,3 +253,44 @@ def test_a_run_is_opened_by_its_address(where: str) -> None:
     opened = RunFolder.open(told)
     assert opened.state() == {"name": "run", "stages": {}} and opened.address == told
     assert json.loads((opened.path / "run.json").read_text())["name"] == "run"
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def saved_checkpoint(folder: Path, step: int, whole: bool = True) -> Path:
+    path = write(folder / f"checkpoint-{step}", **{"weights.pt": "w" * step, "rank-1.pt": "r"})
+    files = {name: (len((path / name).read_text()), hash_file(path / name)) for name in ("weights.pt", "rank-1.pt")}
+    if whole:
+        publish(path, Record(step, 0, step, 2, None, "x", files))
+    push(path)
+    return path
+
+
+def test_mirrors_keep_no_checkpoints_that_the_store_has_not(where: str) -> None:
+    folder = use(where) / "run" / ".work" / "sft-1" / "checkpoints"
+    for step, whole in ((3, True), (6, True), (9, True), (12, False)):
+        saved_checkpoint(folder, step, whole)
+    remove(folder / "checkpoint-3", first="complete.json")  # as the first worker prunes, on another node
+    write(folder / "checkpoint-7", **{"weights.pt": "half"})  # of a save that was cut off
+    forget_checkpoints(folder)
+    assert {p.name for p in folder.iterdir()} == {"checkpoint-6", "checkpoint-9", "checkpoint-12"}, (
+        "12 may be being written"
+    )
+    forget_checkpoints(folder, unfinished=True)
+    assert {p.name for p in folder.iterdir()} == {"checkpoint-6", "checkpoint-9"}
+
+
+def test_the_driver_looks_at_a_checkpoint_where_it_lies(where: str) -> None:
+    root = use(where)
+    folder = root / "run" / ".work" / "sft-1" / "checkpoints"
+    saved_checkpoint(folder, 3), saved_checkpoint(folder, 6)
+    forget(root)
+    said: list[str] = []
+    found = newest_sound(folder, said.append)
+    assert found is not None and found.record.step == 6 and said == ["training goes on from checkpoint-6"]
+    assert [p.name for p in folder.rglob("*.pt")] == [], "a record is enough: workers fetch the rest"
+    remove(folder / "checkpoint-6" / "rank-1.pt")
+    found = newest_sound(folder, said.append)
+    assert found is not None and found.record.step == 3
+    assert said[1] == "checkpoint-6 is damaged (rank-1.pt is missing) and is not used"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import RunFolder, write_text
-from stages.storage import mirrored, push
+from stages.storage import push
 
 if TYPE_CHECKING:
     from pipeline.report.charts import Library  # with what makes the page; imported when there is one to be written
@@ -44,7 +44,7 @@ def report_again(path: str) -> Path:
     from pipeline.report.reading import open_run
 
     folder = open_run(path)
-    return write_report(folder, gone=not mirrored(folder.path) and not folder.is_locked())
+    return write_report(folder, gone=not folder.is_locked())
 
 
 def _write(folder: RunFolder, library: Library, wait: bool, gone: bool = False) -> Path:

@@ -25,7 +25,9 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from stages import own
-from stages.cluster import data_cpus, data_resources, on_cluster
+from stages.base import Reporter
+from stages.capacity import Need
+from stages.cluster import data_cpus, data_resources, on_cluster, wait_for_room, while_there_are_nodes
 from stages.data import ledger
 from stages.data.chat import IGNORE, no_collection
 from stages.data.chunks import Chunk, chunks, read_chunk
@@ -35,7 +37,7 @@ from stages.data.mixing import mark_duplicates
 from stages.data.packing import pack_table
 from stages.data.source import DataSource, content_hash, find_files, resolve_formats
 from stages.errors import DataError, RaylignError
-from stages.storage import mirrored, names, pull, push, remove
+from stages.storage import mirrored, names, pull, push, remove, there
 
 GROUP_ROWS = 1024  # rows of a Parquet row group: the unit the trainer's feed shuffles
 GROUP_TOKENS = 1 << 20  # of a row group of packs, about
@@ -110,31 +112,34 @@ def prepare(
     recipe: Recipe,
     root: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Reporter | None = None,
 ) -> Prepared:
     """The prepared data of these sources, made by Ray Data where it is not there yet.
 
     Args:
         root: the folder of all prepared data; the result is a folder in it, named by the hash of all that decides it.
         progress: called with (tasks done, tasks in all).
+        report: where it is said that a cluster has no node for it.
 
     Raises:
         DataError: a file cannot be used.
+        StageError: a cluster had no node for it in the time allowed, or one that does not see `root`.
     """
     key = _key(sources, recipe)
     target = root / digest(json.dumps(key, sort_keys=True))
-    if not pull(target / "manifest.json").is_file():
+    if not there(target / "manifest.json"):
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".lock-{target.name}"):  # a stage beside this one may want the same
-            if not pull(target / "manifest.json").is_file():
-                _Making(sources, key["formats"], recipe, target, key, progress).run()
+            if not there(target / "manifest.json"):
+                _Making(sources, key["formats"], recipe, target, key, progress, report).run()
     return Prepared(target, json.loads((target / "manifest.json").read_text()))
 
 
 def find_prepared(sources: Sequence[DataSource], recipe: Recipe, root: Path) -> Prepared | None:
     """As `prepare`, but None where it is not there yet."""
     target = root / digest(json.dumps(_key(sources, recipe), sort_keys=True))
-    file = pull(target / "manifest.json")
-    return Prepared(target, json.loads(file.read_text())) if file.is_file() else None
+    file = target / "manifest.json"
+    return Prepared(target, json.loads(file.read_text())) if there(file) else None
 
 
 def _key(sources: Sequence[DataSource], recipe: Recipe) -> dict[str, Any]:
@@ -310,8 +315,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 def missing(work: Path, name: str, count: int) -> list[int]:
     """Which of the files numbered 0 .. count are not there yet."""
-    there = names(work)
-    return [i for i in range(count) if name.format(i) not in there]
+    found = names(work)
+    return [i for i in range(count) if name.format(i) not in found]
 
 
 class _Making:
@@ -325,7 +330,9 @@ class _Making:
         target: Path,
         key: dict[str, Any],
         progress: Callable[[int, int], None],
+        report: Reporter | None,
     ) -> None:
+        self.report = report
         self.sources, self.formats, self.recipe, self.target = list(sources), formats, recipe, target
         self.key, self.progress = key, progress
         # In an object store nothing can be renamed: there it is the manifest, which comes last, that makes the folder whole.
@@ -401,9 +408,11 @@ class _Making:
         cpus = data_cpus() if on_cluster() else int(ray.cluster_resources().get("CPU", 1))
         blocks = min(len(indices), 2 * cpus)  # few blocks with several chunks each: a block costs tens of milliseconds
         where = data_resources() if on_cluster() else {}
+        need = Need(1, {"CPU": 1, **where})
+        wait_for_room([need], self.report, shared=None if mirrored(self.work) else self.work)
         items = [{"index": i} for i in indices]
         results = ray.data.from_items(items, override_num_blocks=blocks).map(one, resources=where).iter_rows()
-        for count, result in enumerate(results, 1):
+        for count, result in enumerate(while_there_are_nodes(results, need, self.report), 1):
             if result["error"]:
                 raise DataError(result["error"])
             self.progress(count, len(indices))

@@ -20,6 +20,8 @@ import numpy as np
 
 from stages.answering import answered, as_answer
 from stages.base import Artifact, StageContext
+from stages.capacity import Need
+from stages.cluster import wait_for_room
 from stages.data.groups import read_group
 from stages.errors import StageError
 from stages.rewards import Scorer
@@ -42,9 +44,10 @@ from stages.training.fed import Fed, Scored, add_metrics
 from stages.training.feed import Feed, Row
 from stages.training.job import TrainerParts, TrainJob
 from stages.training.kernels import model_dtype
+from stages.training.launch import per_worker
 
 SAVED = 10  # iterations from one checkpoint to the next, where the user does not say
-ACTORS_TIMEOUT = 600.0  # seconds for processes that judge to start; a cluster may have to grow first
+ACTORS_TIMEOUT = 600.0  # seconds for processes that judge to start and load their models
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def judged_elsewhere(job: TrainJob, processes: int, ctx: StageContext) -> Iterat
         return
     resources = ctx.resources
     ctx.report.phase("start judges", processes=processes)
+    wait_for_room([Need(processes, per_worker(resources))], ctx.report)
     dtype = {"dtype": "bfloat16" if resources.gpus_per_worker else "float32"}
     judges = JudgeActors.start(
         job.options["ppo"].judging(job, dtype),

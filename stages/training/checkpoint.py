@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.storage import mirrored, names, pull, push, remove
+from stages.storage import mirrored, names, pull, push, remove, stored
 from stages.training.feed import Position
 
 COMPLETE = "complete.json"
@@ -79,19 +80,27 @@ def step_of(path: Path) -> int:
 
 
 def damage(checkpoint: Saved) -> str | None:
-    """What is wrong with a checkpoint's files, by their sizes and hashes; None if nothing is."""
+    """What is wrong with a checkpoint's files, by their sizes and hashes; None if nothing is. In an object store, which takes a
+    file whole or not at all, by their sizes: who reads it may be on another node."""
+    if mirrored(checkpoint.path):
+        there = stored(checkpoint.path)
+        sizes = ((name, size, there.get(name)) for name, (size, _) in checkpoint.record.files.items())
+        return next((_size_is(name, has, size) for name, size, has in sizes if has != size), None)
 
     def wrong(item: tuple[str, tuple[int, str]]) -> str | None:
         name, (size, digest) = item
         path = checkpoint.path / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
+        has = path.stat().st_size if path.is_file() else None
+        if has != size:
+            return _size_is(name, has, size)
         return None if hash_file(path) == digest else f"{name} has changed since it was written"
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
         return next((found for found in pool.map(wrong, checkpoint.record.files.items()) if found), None)
+
+
+def _size_is(name: str, has: int | None, size: int) -> str:
+    return f"{name} is missing" if has is None else f"{name} has {has} bytes of {size}"
 
 
 def best_of(folder: Path, state: Any, step: int) -> tuple[str, ...]:
@@ -121,7 +130,7 @@ def newest_sound(folder: Path, say: Callable[[str], None]) -> Saved | None:
     """The checkpoint to go on from; what cannot be used is told to `say`. None: from the start."""
     found = checkpoints(folder)
     for path in reversed(found):
-        checkpoint = saved(pull(path))
+        checkpoint = saved(path)
         why = f"no readable {COMPLETE}" if checkpoint is None else damage(checkpoint)
         if checkpoint is not None and why is None:
             say(f"training goes on from {path.name}")
@@ -192,3 +201,23 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def forget(folder: Path, *, unfinished: bool = False) -> None:
+    """Remove from this node's mirror the checkpoints that the object store does not have, or no longer.
+
+    Args:
+        unfinished: also those after the newest whole one, which workers may be writing. Only while nothing writes there.
+    """
+    if not mirrored(folder):
+        return
+    whole = {int(name.split("/")[0].removeprefix("checkpoint-")) for name in stored(folder) if _is_whole(name)}
+    newest = max(whole, default=-1)
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and step_of(path) not in whole and (unfinished or step_of(path) < newest):
+            shutil.rmtree(path, ignore_errors=True)  # another worker of this node may be at it
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a path in the folder of checkpoints is that of a record of one."""
+    return re.fullmatch(rf"checkpoint-\d+/{re.escape(COMPLETE)}", name) is not None

@@ -9,8 +9,7 @@ the model is the same to rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,11 +36,6 @@ def train_to_the_end(job: TrainJob, build: Build, ctx: StageContext, shares: Sha
     Raises:
         StageError: what a worker raised; workers were lost again and again.
     """
-    with asking_for_more(ctx.resources, ctx.local):
-        return _train_to_the_end(job, build, ctx, shares)
-
-
-def _train_to_the_end(job: TrainJob, build: Build, ctx: StageContext, shares: Shares) -> dict[str, Any]:
     say = lambda line: print(line, flush=True)  # noqa: E731
     resources, folder = ctx.resources, ctx.work / "checkpoints"
     push(ctx.work / "base")  # the given model with rows for added tokens, where there is one
@@ -77,21 +71,6 @@ def _train_to_the_end(job: TrainJob, build: Build, ctx: StageContext, shares: Sh
             pull(ctx.work, without=OF_THE_DRIVER)
             return outcome | {"lost": losses, "resizes": resizes, "workers": workers}
         resizes += 1
-
-
-@contextmanager
-def asking_for_more(resources: Resources, local: bool) -> Iterator[None]:
-    """Have a cluster grow to the most workers of a range, as long as it lasts."""
-    if local or resources.at_least is None:
-        yield
-        return
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[per_worker(resources)] * resources.workers)
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])
 
 
 def for_workers(job: TrainJob, workers: int, shares: Shares) -> TrainJob:

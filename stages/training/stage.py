@@ -253,6 +253,7 @@ def prepared(stage: TrainStage, ctx: StageContext, tokenizer: Any) -> Prepared:
         stage.recipe(tokenizer, ctx.seed),
         ctx.prepared,
         lambda done, total: ctx.report.progress(done, total, "chunk"),
+        ctx.report,
     )
     imports.join()
     write_ledger(data, ctx.work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 from stages.base import Reporter
 from stages.storage import mirrored, pull, push
 from stages.training import documents
+from stages.training.checkpoint import forget
 from stages.training.deepspeed import init_deepspeed
 from stages.training.export import save_model
 from stages.training.feed import Feed, Position, total_steps
@@ -42,13 +44,17 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     rank, workers = worker_rank()
     events = job.work / "events.jsonl" if rank == 0 and mirrored(job.work) else None
     with beating(config.get("monitor"), rank, events) as pulse, brought_here(job, rank):
-        return _train(job, config["build"], config["on_cpu"], rank, workers, pulse)
+        outcome = _train(job, config["build"], config["on_cpu"], rank, workers, pulse)
+    if config.get("monitor") is not None and "paused" not in outcome:
+        leave_no_checkpoints(job, driver=config["monitor"][1])
+    return outcome
 
 
 @contextmanager
 def brought_here(job: TrainJob, rank: int) -> Iterator[None]:
     """What a worker reads, and what it has written taken back, where nodes have no folder in common."""
     job.work.mkdir(parents=True, exist_ok=True)
+    forget(job.work / "checkpoints", unfinished=True)
     if job.resume is not None:
         pull(job.resume.path)
     if rank == 0:
@@ -62,6 +68,14 @@ def brought_here(job: TrainJob, rank: int) -> Iterator[None]:
             without=OF_THE_DRIVER,
             only=None if rank == 0 else [p.name for p in job.work.glob(f"*-{rank}.jsonl")],
         )
+
+
+def leave_no_checkpoints(job: TrainJob, driver: str) -> None:
+    """Of a training that is done, none in the mirror of a node that is not the driver's: nobody would remove them there."""
+    import ray
+
+    if mirrored(job.work) and ray.get_runtime_context().get_node_id() != driver:
+        shutil.rmtree(job.work / "checkpoints", ignore_errors=True)  # other workers of this node do the same
 
 
 def _train(job: TrainJob, build: Build, on_cpu: bool, rank: int, workers: int, pulse: Pulse | None) -> dict[str, Any]:
@@ -98,6 +112,8 @@ def _train(job: TrainJob, build: Build, on_cpu: bool, rank: int, workers: int, p
     # Of a finished checkpoint the feed gives nothing more to train.
     trainer.train(resume_from_checkpoint=str(job.resume.path) if job.resume else None)
     seconds = time.time() - started
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # every worker's checkpoints are written, and may go (leave_no_checkpoints)
     if trainer.paused:
         return {"paused": int(trainer.state.global_step)}
     # Schedule-free optimizers are done with an average of weights.

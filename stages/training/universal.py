@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import StageError
-from stages.storage import push
+from stages.storage import pull, push
 from stages.training.checkpoint import Saved, newest_sound, sweep
 from stages.training.unpickling import load, tensors_only
 
@@ -39,7 +39,7 @@ def converted(checkpoint: Saved) -> Saved:
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    source, record = checkpoint.path, checkpoint.record
+    source, record = pull(checkpoint.path), checkpoint.record
     tag = f"global_step{record.step}"
     target = source.with_name(f".universal-{record.step}")
     target.mkdir()

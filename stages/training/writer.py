@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from stages.errors import StageError
 from stages.storage import mirrored, names, pull, push, put, remove
-from stages.training.checkpoint import SAVING, Record, hash_file, prune, publish, sync
+from stages.training.checkpoint import SAVING, Record, forget, hash_file, prune, publish, sync
 
 Files = dict[str, tuple[int, str]]
 PATIENCE = 1800.0  # seconds without a new file, after which another worker is given up
@@ -189,6 +189,7 @@ class Writer:
             if mirrored(making):  # of which the first worker may be on another node, or have the same mirror
                 push(making, only=files)
                 put(making / own_list(self.rank), json.dumps(files))
+                forget(self.folder)  # the first worker removes only what the store and its own node have
             else:
                 list_files(making, self.rank, files)
             return
