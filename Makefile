@@ -20,22 +20,24 @@ demo: install
 	$(BIN)/python examples/quickstart_data.py examples/data/quickstart
 	$(BIN)/raylign run examples/quickstart.yaml
 
-# Those without trainers need one core each.
+# Two at a time, each with a Ray of its own: a test keeps one core busy.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster" --ignore tests/integration
-	$(BIN)/python -m pytest -m "not slow and not cluster" tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster"
 
-# Several nodes, an autoscaler, an object store, jobs, and faults at random (`python -m tests.chaos.chaos --runs 20` for more of those).
+# Of the longer ones none is begun after BUDGET minutes, where that is given.
+LIMIT = $(if $(BUDGET),--budget $(BUDGET))
+FAULTS ?= worker or node or driver or disk
+
+# Several nodes, an autoscaler, an object store, jobs.
 test-cluster: install
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m cluster --ignore tests/chaos $(LIMIT)
 
-# A worker, a node and the driver killed and a full disk, at random moments: what CI runs of `tests/chaos`.
+# Faults at random moments of a chain: a worker, a node and the driver killed, a full disk (`python -m tests.chaos.chaos` has more).
 test-chaos: install
-	$(BIN)/python -m pytest tests/chaos -k "worker or node or driver or disk"
+	$(BIN)/python -m pytest tests/chaos -k "$(FAULTS)" $(LIMIT)
 
-# BUDGET: minutes after which no further one is begun.
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not cluster" $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m pytest -m "slow and not cluster" $(LIMIT)
 
 check: install
 	$(BIN)/ruff check .

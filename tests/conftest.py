@@ -50,13 +50,14 @@ BEGUN = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--budget", type=float, metavar="MINUTES", help="slow tests that would begin after so many minutes are skipped"
+        "--budget", type=float, metavar="MINUTES", help="slow and cluster tests that would begin after so many are skipped"
     )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     budget = item.config.getoption("--budget")
-    if budget is not None and item.get_closest_marker("slow") and time.monotonic() - BEGUN > 60 * budget:
+    long = item.get_closest_marker("slow") or item.get_closest_marker("cluster")
+    if budget is not None and long and time.monotonic() - BEGUN > 60 * budget:
         pytest.skip(f"no time left of {budget:g} minutes")
 
 
