@@ -50,7 +50,10 @@ BEGUN = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--budget", type=float, metavar="MINUTES", help="slow and cluster tests that would begin after so many are skipped"
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="slow and cluster tests that would begin after so many are skipped",
     )
 
 
