@@ -74,8 +74,7 @@ class Checkpoints:
         kept = (folder.parent / CONSUMED, folder.parent / "metrics.jsonl")
         self.writer = Writer(folder, self.args.process_index, self.args.world_size, kept)
         try:
-            with tensors_only(folder, deepspeed=self.is_deepspeed_enabled):
-                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **more)  # type: ignore[misc]
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **more)  # type: ignore[misc]
         except BaseException as error:
             try:
                 self.writer.wait(30)  # what is being written is still good; not longer: other workers may be gone
@@ -245,6 +244,23 @@ class Checkpoints:
 
     # -- restoring
 
+    def _prepare_for_training(self, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
+        """The model, optimizer and schedule in their places, restored here rather than there: of what runs in between, only
+        DeepSpeed's reading is held to tensors. A user's own optimizer, reward or callback may load what it likes."""
+        made = super()._prepare_for_training(max_steps, loader, None)  # type: ignore[misc]
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            self._load_deepspeed(checkpoint)
+        self._load_optimizer_and_scheduler(checkpoint)
+        return made
+
+    def _load_deepspeed(self, checkpoint: str, **what: bool) -> None:
+        with tensors_only(Path(checkpoint), deepspeed=True):
+            loaded, _ = self.model_wrapped.load_checkpoint(
+                checkpoint, load_module_strict=not hasattr(self.model, "peft_config"), **what
+            )
+        if loaded is None:
+            raise StageError(f"DeepSpeed finds nothing of its own in {checkpoint}; remove it")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load(Path(resume_from_checkpoint) / "weights.pt")
         unknown = (model or self.model).load_state_dict(weights, strict=False).unexpected_keys
@@ -263,9 +279,6 @@ class Checkpoints:
             self.lr_scheduler.load_state_dict(state["scheduler"])
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Done with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called when the loop is about to take its first batch; also where the loop's sums can be put back."""
@@ -306,13 +319,7 @@ class Checkpoints:
         if not self.is_deepspeed_enabled:
             self._load_from_checkpoint(best)
             return
-        self.model_wrapped.load_checkpoint(
-            best,
-            load_module_strict=not hasattr(self.model, "peft_config"),
-            load_optimizer_states=False,
-            load_lr_scheduler_states=False,
-            load_module_only=True,
-        )
+        self._load_deepspeed(best, load_optimizer_states=False, load_lr_scheduler_states=False, load_module_only=True)
 
 
 def identity(model: Any) -> str:

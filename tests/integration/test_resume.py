@@ -23,7 +23,9 @@ from stages.base import Artifact, Resources, StageResult
 from stages.errors import StageError
 from stages.training import recovery
 from stages.training import trainer as trainer_module
+from stages.training.checkpoint import COMPLETE
 from stages.training.consumption import check_consumption
+from stages.training.writer import write_state
 
 from ..conftest import LLAMA, prepared_beside
 from ..processes import family
@@ -179,6 +181,52 @@ def test_early_stopping_counts_on_after_an_interruption(
     assert (tmp_path / "cut" / "consumed.jsonl").read_text() == ledger
     wanted, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_while_it_trains_a_users_code_loads_what_it_likes(
+    ray_address: str, tmp_path: Path, model: str, data: Path
+) -> None:
+    """Only checkpoints are held to tensors; before and after one is gone on from."""
+    torch.save({"of": Path("mine")}, tmp_path / "own.pt")
+    read: list[int] = []
+
+    def loads(rank: int, step: int) -> None:
+        read.append(step)
+        assert torch.load(tmp_path / "own.pt", weights_only=False) == {"of": Path("mine")}
+        if step == 11 and read.count(11) == 1:
+            raise RuntimeError("an accident")
+
+    with pytest.raises(RuntimeError, match="an accident"):
+        sft(tmp_path / "sft", model, data, 1, loads)
+    sft(tmp_path / "sft", model, data, 1, loads)
+    assert read == [*range(1, 12), *range(10, 14)]
+
+
+class Evil:
+    """A pickle of it makes a file where it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.slow
+def test_a_shard_of_deepspeeds_runs_nothing(ray_address: str, tmp_path: Path, model: str, data: Path) -> None:
+    """Its hash is right: whoever can change a file can change that too."""
+    folder, mark = tmp_path / "sft", tmp_path / "mark"
+    with pytest.raises(RuntimeError, match="an accident"):
+        sft(folder, model, data, 1, accident, deepspeed="zero1")
+    checkpoint = folder / "checkpoints" / "checkpoint-9"
+    (shard,) = checkpoint.rglob("*optim_states.pt")
+    state = torch.load(shard, weights_only=False)
+    record = json.loads((checkpoint / COMPLETE).read_text())
+    record["files"][str(shard.relative_to(checkpoint))] = write_state(shard, state | {"more": Evil(mark)})
+    (checkpoint / COMPLETE).write_text(json.dumps(record))
+    with pytest.raises(StageError, match=r"checkpoint-9 holds more than tensors.*system"):
+        sft(folder, model, data, 1, deepspeed="zero1")
+    assert not mark.exists()
 
 
 def elsewhere(job: dict[str, Any]) -> Any:
