@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ def choose_models(folder: RunFolder, stages: Sequence[str]) -> dict[str, Path]:
     Raises:
         DataError: there is none.
     """
-    names = [n for n in folder.state().get("stages", {}) if (folder.manifest(n) or {}).get("produces") == "model"]
+    names = list(folder.state().get("stages", {}))
+    is_model = lambda name: (folder.manifest(name) or {}).get("produces") == "model"  # noqa: E731
     for stage in stages:
-        if stage not in names:
-            known = ", ".join(names) or "none yet"
+        if stage not in names or not is_model(stage):
+            known = ", ".join(filter(is_model, names)) or "none yet"
             raise DataError(f"--stage {stage}: no published model of that name; there are: {known}")
-    if not names:
+    chosen = list(stages) or list(islice(filter(is_model, reversed(names)), 1))
+    if not chosen:
         raise DataError(f"{folder.path}: no model is published in this run yet")
-    return {name: folder.stage(name) / "model" for name in stages or names[-1:]}
+    return {name: folder.stage(name) / "model" for name in chosen}
 
 
 @dataclass
