@@ -386,6 +386,17 @@ def test_sweeps_are_one_box_where_there_are_many_variants(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------ results
 
 
+def test_the_state_of_several_stages_is_what_is_worth_knowing_first() -> None:
+    said = {
+        "done": ["done", "cached"],
+        "cached": ["cached"] * 2,
+        "failed": ["done", "running", "failed"],
+        "running": ["running", "odd"],
+    }
+    assert all(graph.state_of(states) == state for state, states in said.items())
+    assert graph.state_of(["done", "unknown", "done"]) == "unknown" and graph.state_of(["odd"]) == "odd"
+
+
 def judged_run(path: Path) -> Path:
     metrics = {
         "sft": {"loss": 0.5, "exact_match": 0.25, "answer_tokens": 5.0},
@@ -718,7 +729,7 @@ def test_a_run_of_another_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["name", "state", "started", "finished", "stages", "sweeps"])
 @pytest.mark.parametrize(
-    "value", [None, 1, "x", [], {}, {"a": None}, {"a": {"b": 1}}, [1], float("nan"), 1e400, -5, True]
+    "value", [None, 1, "x", [], {}, {"a": None}, {"a": {"b": 1}}, [1], float("nan"), 1e400, 10**400, -5, True]
 )
 def test_no_value_of_the_record_stops_the_page(tmp_path: Path, key: str, value: Any) -> None:
     run = make_run(tmp_path / "run", {"sft": full_stage()})
@@ -730,7 +741,7 @@ def test_no_value_of_the_record_stops_the_page(tmp_path: Path, key: str, value: 
 @pytest.mark.parametrize(
     "key", ["kind", "state", "started", "seconds", "workers", "gates", "error", "waiting", "inputs", "fingerprint"]
 )
-@pytest.mark.parametrize("value", [None, 1, "x", [], {}, ["a", None], {"a": 1}, float("inf"), -5])
+@pytest.mark.parametrize("value", [None, 1, "x", [], {}, ["a", None], {"a": 1}, float("inf"), 10**400, -5])
 def test_no_value_of_a_stage_s_record_stops_the_page(tmp_path: Path, key: str, value: Any) -> None:
     stage = full_stage()
     run = make_run(tmp_path / "run", {"sft": stage})
@@ -740,7 +751,9 @@ def test_no_value_of_a_stage_s_record_stops_the_page(tmp_path: Path, key: str, v
     checked(page_of(run))
 
 
-@pytest.mark.parametrize("value", [None, 1, "x", [], {}, [None], {"a": 1}, {"a": [1]}, [{"a": 1}], float("nan"), True])
+@pytest.mark.parametrize(
+    "value", [None, 1, "x", [], {}, [None], {"a": 1}, {"a": [1]}, [{"a": 1}], float("nan"), 10**400, True]
+)
 def test_no_value_of_a_manifest_stops_the_page(tmp_path: Path, value: Any) -> None:
     def variants(given: dict[str, Any]) -> list[dict[str, Any]]:
         out = [given | {key: value} for key in given]
