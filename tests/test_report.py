@@ -123,6 +123,11 @@ def page_of(run: Path) -> str:
     return report_again(str(run)).read_text()
 
 
+def page_of_live(run: Path) -> str:
+    """As the runner writes it."""
+    return write_report(RunFolder(run)).read_text()
+
+
 def checked(page: str) -> Outline:
     """The page is well formed, fetches nothing, and its ids are its own."""
     outline = Outline(page)
@@ -512,6 +517,21 @@ def test_a_stage_tells_its_facts(tmp_path: Path) -> None:
     titles = re.findall(r"<figcaption><b>(.*?)</b>", (run / "report.html").read_text())
     assert titles == ["loss", "tokens a second", "learning rate"]
     assert outline.tags.count("h1") == 1 and "reload" in (run / "report.html").read_text()
+
+
+def test_what_a_stage_cost(tmp_path: Path) -> None:
+    """Hours of the workers it had, not of those it might have had; its bar is that of this run's attempt."""
+    stage = full_stage()
+    stage["record"] |= {"workers": 8, "started": 1030.0, "seconds": 3630.0, "earlier": 3600.0}
+    stage["manifest"]["workers"] = 8
+    page = page_of(make_run(tmp_path / "run", {"sft": stage}))
+    assert "workers 2 worker-hours 2.02" in checked(page).text
+    assert "margin-left: 50.0%; width: 50.0%" in page
+    stage["record"] |= {"state": "running", "started": time.time() - 30}
+    page = page_of_live(
+        make_run(tmp_path / "live", {"sft": stage}, state="running", started=time.time() - 60, finished=None)
+    )
+    assert "1 h 00 min" in checked(page).text
 
 
 def test_what_is_written_while_the_run_goes_on(tmp_path: Path) -> None:

@@ -130,18 +130,22 @@ def cost(stage: StageRead) -> list[tuple[str, str]]:
     return [
         ("time", duration(stage.seconds)),
         ("of it training", duration(finite(mapping(stage.manifest.get("metrics")).get("train_seconds")))),
-        ("workers", number(finite(stage.record.get("workers")) or finite(stage.manifest.get("workers")))),
+        ("workers", number(workers(stage))),
         ("worker-hours", number(worker_hours(stage))),
         ("tokens a second, median", number(round(median(rates))) if rates else ""),
         ("workers lost", number(lost) if lost else ""),
     ]
 
 
+def workers(stage: StageRead) -> float | None:
+    """As many as it had; until that is known, as many as it may have."""
+    had = finite(mapping(stage.details.get("workers")).get("workers"))
+    return had or finite(stage.record.get("workers")) or finite(stage.manifest.get("workers"))
+
+
 def worker_hours(stage: StageRead) -> float | None:
-    workers = finite(stage.record.get("workers")) or finite(stage.manifest.get("workers"))
-    if workers is None or stage.seconds is None:
-        return None
-    return float(f"{workers * stage.seconds / 3600:.3g}")
+    count = workers(stage)
+    return None if count is None or stage.seconds is None else float(f"{count * stage.seconds / 3600:.3g}")
 
 
 def warnings(stage: StageRead) -> list[str]:
