@@ -41,6 +41,13 @@ def choose_models(folder: RunFolder, stages: Sequence[str]) -> dict[str, Path]:
     return {name: folder.stage(name) / "model" for name in chosen}
 
 
+def device() -> str:
+    """Where a model answers: on this machine's GPU where it has one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 @dataclass
 class Talker:
     """A model with its side of the conversation."""
@@ -57,7 +64,8 @@ class Talker:
 
         disable_progress_bar()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.path, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.path, trust_remote_code=False)
+        self.model: Any = model.eval().to(device())
 
     def answer(self, line: str, show: Callable[[str], None]) -> None:
         """Answer greedily, with all that was said before; `show` is given every piece of text as it comes."""
