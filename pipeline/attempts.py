@@ -1,6 +1,6 @@
 """How long a stage has been worked on: what it cost is the time of all attempts, also of those that were cut off.
 
-`attempts.json` in its work folder, which outlives them: seconds of the attempts that have ended, and when the present one began.
+`attempts.json` in its work folder, which outlives them: seconds of those that have ended, and when the present one began.
 """
 
 from __future__ import annotations
