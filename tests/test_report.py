@@ -218,6 +218,7 @@ def test_metrics_that_belong_together_share_a_chart() -> None:
     assert [s.label for s in answers.series] == ["chosen", "rejected"]
     assert accuracy.unit == "share" and len(accuracy.series) == 1  # one held-out value is no curve
     assert found.constant == [("padding share", "0.0%")] and not found.odd
+    assert found.once == [("accuracies, held out", "70.0%")]
 
 
 def test_curves_of_reinforcement_learning() -> None:
@@ -480,7 +481,7 @@ def test_how_answers_changed(tmp_path: Path) -> None:
 
 def full_stage() -> dict[str, Any]:
     details = {
-        "trained_tokens": 250, "epochs": 2, "workers": {"workers": 2, "lost": 1},
+        "trained_tokens": 250, "epochs": 2, "lengths": {"median": 120, "90%": 130, "99%": 1300, "longest": 1300}, "workers": {"workers": 2, "lost": 1},
         "ledger": {"read": 10, "kept": 8, "reasons": {"too_long": 2},
                    "examples": [{"source": "chats.jsonl", "row": 3, "reason": "too_long", "detail": "300 tokens"}]},
         "mixture": [{"path": "chats.jsonl", "format": "messages", "weight": 1.0, "read": 10, "kept": 8, "held_out": 0,
@@ -496,7 +497,7 @@ def full_stage() -> dict[str, Any]:
         "versions": {"torch": "2.0", "trl": "1.0"}, "inputs": {"model": [{"model": "org/base"}]}, "details": details,
         "handoff": handoff,
     }  # fmt: skip
-    files = {"metrics.jsonl": lines(*loss(40, eval_loss=0.5))}
+    files = {"metrics.jsonl": lines(*loss(40, eval_loss=0.5), {"step": 40, "kl": 0.75})}
     return {"record": {"seconds": 7200.0, "workers": 2, "started": 1001.0}, "manifest": manifest, "files": files}
 
 
@@ -506,12 +507,12 @@ def test_a_stage_tells_its_facts(tmp_path: Path) -> None:
     outline = checked(page_of(run))
     text = outline.text
     for said in (
-        "trained tokens 250 (25.0%)", "tokens a row 125", "worker-hours 4", "workers lost 1", "of it training 1 h 00 min",
+        "trained tokens 250 (25.0%)", "tokens a row 125", "worker-hours 4", "tokens an example median 120, 90% 130, 99% 1,300, longest 1,300", "workers lost 1", "of it training 1 h 00 min",
         "10 rows read, 8 used ; left out: 2 too long (20.0%)".replace(" ;", ";"), "chats.jsonl:3", "300 tokens",
         "3 rows:", "answers run away", "does not stop", "read again it computes the same on 8 probes",
         "its answers do not end", "stop tokens 2, 3", "AutoModelForCausalLM.from_pretrained(folder)",
         f"raylign chat {run} --stage sft", "torch 2.0", "org/base", "name: run", "attention: sdpa", "loss 0.125",
-        "The same at every step: loss, held out 0.5",
+        "The same at every step: loss, held out 0.5", "Logged once: kl 0.75",
     ):  # fmt: skip
         assert said in text, said
     titles = re.findall(r"<figcaption><b>(.*?)</b>", (run / "report.html").read_text())

@@ -49,6 +49,7 @@ class StageView:
     figures: list[Figure] = field(default_factory=list)
     more: list[Figure] = field(default_factory=list)
     constant: list[tuple[str, str]] = field(default_factory=list)
+    once: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     ledger: Ledger | None = None
@@ -78,7 +79,7 @@ def view(stage: StageRead, points: int, tell: Callable[[str], None], attempt: Ca
         found = curves(stage.metrics, points)
         drawn = [line_chart(chart) for chart in found.charts]
         out.figures, out.more = [f for f in drawn if f.main], [f for f in drawn if not f.main]
-        out.constant = found.constant
+        out.constant, out.once = found.constant, found.once
         for odd in found.odd:
             tell(f"{stage.name}: {odd}")
 
@@ -112,6 +113,7 @@ def facts(stage: StageRead) -> list[tuple[str, str]]:
         ("tokens", number(tokens)),
         ("trained tokens", f"{number(trained)} ({share(trained / tokens)})" if trained and tokens else ""),
         ("tokens a row", number(round(tokens / rows, 1)) if tokens and rows else ""),
+        ("tokens an example", ", ".join(f"{at} {number(n)}" for at, n in mapping(details.get("lengths")).items())),
         ("packed rows are full to", share(details.get("fill")) if finite(details.get("fill")) is not None else ""),
         ("epochs", number(details.get("epochs"))),
         ("steps", number(made.get("steps"))),
