@@ -52,15 +52,46 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What a file holds; None where there is none.
+
+    Raises:
+        DataError: it is not whole.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not whole: {error}") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What is published in a folder; None where nothing is. The mirror's own copy of what the store has not counts only while
+    it is being sent from here: somebody may have removed it there.
+
+    Raises:
+        DataError: it cannot be told what was published, so neither used nor made again without a word.
+    """
+    file = folder / "manifest.json"
+    if not (folder / SENDING).is_file() and not there(file):
+        return None
+    mend = f"put it back, or remove the folder {address(folder)} and run the spec again, which makes the stage anew"
+    try:
+        manifest = read_json(file)
+    except DataError as error:
+        raise DataError(f"{error}\n  {mend}") from error
+    if manifest is not None and not (isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str)):
+        raise DataError(f"{file}: not the manifest of a stage: it has no fingerprint\n  {mend}")
+    return manifest
 
 
 def _state_problem(file: Path) -> str | None:
     """What is wrong with a run's record, which may be another's."""
     try:
-        stages = read_json(file)["stages"]
-    except (ValueError, TypeError, KeyError) as error:
-        return f"not the record of a run ({type(error).__name__}: {error})"
+        state = read_json(file)
+    except DataError as error:
+        return f"not the record of a run ({error.__cause__}); running the spec again writes it anew"
+    stages = state.get("stages") if isinstance(state, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         return "not the record of a run"
     odd = next((name for name in stages if not NAME.fullmatch(name)), None)
@@ -130,12 +161,18 @@ class RunFolder:
         return self.path / ".previous" / f"{name}-{fingerprint[:SHORT]}"
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        return _manifest(self.stage(name))
+        return read_manifest(self.stage(name))
+
+    def published(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+        """(name, manifest) of the stages of a kind that are published as the run's present spec wants them."""
+        records = {n: r for n, r in self.state().get("stages", {}).items() if r.get("kind") == kind}
+        made = [(name, self.manifest(name), record.get("fingerprint")) for name, record in records.items()]
+        return [(name, manifest) for name, manifest, wanted in made if manifest and manifest["fingerprint"] == wanted]
 
     def find(self, name: str, fingerprint: str) -> Path | None:
         """The folder of a published artifact: the stage's own, or where a change that was taken back had put it aside."""
         for folder in (self.stage(name), self._previous(name, fingerprint)):
-            manifest = _manifest(folder)
+            manifest = read_manifest(folder)
             if manifest is not None and manifest["fingerprint"] == fingerprint:
                 return folder
         return None
@@ -228,13 +265,6 @@ class RunFolder:
                 return
             with leased(self.path, say) as lease:
                 yield lease.check
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published artifact. The mirror's own copy of one that the store has not counts only while it is being
-    sent from here: it may be that somebody has removed it there."""
-    file = folder / "manifest.json"
-    return read_json(file) if (folder / SENDING).is_file() or there(file) else None
 
 
 def _send(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,23 @@ def choose_models(folder: RunFolder, stages: Sequence[str]) -> dict[str, Path]:
     Raises:
         DataError: there is none.
     """
-    names = [n for n in folder.state().get("stages", {}) if (folder.manifest(n) or {}).get("produces") == "model"]
+    names = list(folder.state().get("stages", {}))
+    is_model = lambda name: (folder.manifest(name) or {}).get("produces") == "model"  # noqa: E731
     for stage in stages:
-        if stage not in names:
-            known = ", ".join(names) or "none yet"
+        if stage not in names or not is_model(stage):
+            known = ", ".join(filter(is_model, names)) or "none yet"
             raise DataError(f"--stage {stage}: no published model of that name; there are: {known}")
-    if not names:
+    chosen = list(stages) or list(islice(filter(is_model, reversed(names)), 1))
+    if not chosen:
         raise DataError(f"{folder.path}: no model is published in this run yet")
-    return {name: folder.stage(name) / "model" for name in stages or names[-1:]}
+    return {name: folder.stage(name) / "model" for name in chosen}
+
+
+def device() -> str:
+    """Where a model answers: on this machine's GPU where it has one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass
@@ -54,7 +64,8 @@ class Talker:
 
         disable_progress_bar()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.path, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.path, trust_remote_code=False)
+        self.model: Any = model.eval().to(device())
 
     def answer(self, line: str, show: Callable[[str], None]) -> None:
         """Answer greedily, with all that was said before; `show` is given every piece of text as it comes."""

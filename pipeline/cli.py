@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 def run(spec: SpecPath, set: Overrides = None) -> None:
     """Carry a spec out; goes on where an earlier run of it stopped."""
     from pipeline.plan import make_plan
+    from pipeline.report.reading import read_run
     from pipeline.runner import run_plan
     from pipeline.spec_reader import load_spec
     from pipeline.tables import render_run
@@ -48,7 +49,7 @@ def run(spec: SpecPath, set: Overrides = None) -> None:
     finally:
         if (plan.folder.path / "run.json").is_file():
             console.print()
-            console.print(render_run(plan.folder))
+            console.print(render_run(read_run(plan.folder, whole=False)))
             console.print(f"\nrun folder: {plan.folder.address}", soft_wrap=True, highlight=False)
 
 
@@ -115,15 +116,16 @@ def inspect(
 @app.command()
 def status(run: RunPath) -> None:
     """The state of a run."""
-    from pipeline.artifacts import RunFolder
+    from pipeline.report.reading import open_run, read_run
     from pipeline.tables import render_run
 
-    folder = RunFolder.open(run)
-    state = folder.state()["state"]
+    folder = open_run(run)
+    found = read_run(folder, whole=False)
+    state = found.state
     if state == "running" and not folder.is_locked():
         state = "interrupted (its process is gone); run the spec again to go on"
-    console.print(f"{folder.state()['name']}: {state}", markup=False)
-    console.print(render_run(folder))
+    console.print(f"{found.name}: {state}", markup=False)
+    console.print(render_run(found))
 
 
 @app.command()

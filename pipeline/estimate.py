@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.advice import GIB, Training, advise, precision
-from pipeline.artifacts import read_json
+from pipeline.artifacts import read_json, read_manifest
 from pipeline.capacity import lacking, machine, needs_of
 from pipeline.plan import Plan, PlannedStage, with_made_data
 from pipeline.training_checks import gpus, with_defaults
@@ -143,7 +143,7 @@ def amount_of(plan: Plan, planned: PlannedStage) -> Amount:
     """Rows, tokens and steps: of what is published; else of the data, if it is prepared; else by its files."""
     stage = planned.stage
     if published := plan.folder.find(planned.name, planned.fingerprint):
-        made = read_json(published / "manifest.json")
+        made = read_manifest(published) or {}
         longest = None
         if isinstance(stage, TrainStage) and (path := (made.get("details") or {}).get("prepared")):
             data = read_json(Path(path) / "manifest.json")

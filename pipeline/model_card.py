@@ -12,15 +12,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.artifacts import SHORT, RunFolder, read_json
+from pipeline.artifacts import SHORT, RunFolder, read_manifest
 from pipeline.markdown import cell, code, public, table
 from pipeline.progress import number
-from pipeline.tables import COLUMNS, SHARES, evaluations, said_of
+from pipeline.tables import COLUMNS, SHARES, said_of
 from pipeline.tracking import flat
 from stages import Evaluate
 from stages.data.encode import WARNINGS
 from stages.data.hub import SCHEME
-from stages.storage import pull
 
 Manifest = dict[str, Any]
 
@@ -83,7 +82,7 @@ def lineage(folder: RunFolder, manifest: Manifest) -> list[Manifest]:
         for ref in (ref for refs in manifest.get("inputs", {}).values() for ref in refs if "stage" in ref):
             if ref["stage"] not in found:
                 place = folder.find(ref["stage"], ref["fingerprint"])
-                made = read_json(pull(place / "manifest.json")) if place else None
+                made = read_manifest(place) if place else None
                 visit(made or {"name": ref["stage"], "fingerprint": ref["fingerprint"], "kind": "", "inputs": {}})
         found[manifest["name"]] = manifest
 
@@ -327,7 +326,7 @@ def _results(own: Manifest) -> str:
 def _evaluation(folder: RunFolder, own: Manifest, chain: list[Manifest]) -> str:
     known = {manifest["name"]: manifest["fingerprint"] for manifest in chain}
     parts = []
-    for name, manifest in evaluations(folder):
+    for name, manifest in folder.published("evaluate"):
         judged = {ref["stage"]: ref["fingerprint"] for ref in manifest["inputs"].get("models", []) if "stage" in ref}
         if judged.get(own["name"]) != own["fingerprint"]:
             continue
@@ -392,7 +391,7 @@ def _gates(verdicts: list[dict[str, Any]], stage: str) -> str:
 
 def _limits(folder: RunFolder, own: Manifest, chain: list[Manifest]) -> str:
     said = []
-    for manifest in [*chain, *(m for _, m in evaluations(folder))]:
+    for manifest in [*chain, *(m for _, m in folder.published("evaluate"))]:
         found = (manifest.get("details") or {}).get("warnings") or {}
         said += [
             f"{code(manifest['name'])}: {count:,} rows: {cell(WARNINGS.get(key, key))}" for key, count in found.items()

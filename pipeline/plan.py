@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifacts import RunFolder, product, read_json
+from pipeline.artifacts import RunFolder, product, read_manifest
 from pipeline.spec import Cluster, Spec
 from stages import Generate, Stage, own
 from stages.base import Resources, workers_range
@@ -102,8 +102,8 @@ def order(spec: Spec) -> list[str]:
 def made_with_others(folder: RunFolder, name: str, fingerprint: str, resources: Resources) -> str:
     """A note where an artifact was made with another number of workers: with other steps, that is, of the same data."""
     published = folder.find(name, fingerprint)
-    manifest = read_json(published / "manifest.json") if published else {}
-    workers = manifest.get("workers", resources.workers)
+    manifest = read_manifest(published) if published else None
+    workers = (manifest or {}).get("workers", resources.workers)
     if workers == resources.workers:
         return ""
     return f"; made with {workers} workers" if workers > 1 else "; made with 1 worker"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import attempts
 from pipeline.artifacts import read_json
 from pipeline.capacity import fit_together, lacking
 from pipeline.cluster import RayCluster
@@ -68,7 +69,13 @@ class Running:
     work: Path
     environment: dict[str, str]
     log_from: int  # where in the log this attempt begins
+    earlier: float  # seconds of the attempts before
     checker: Checker | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts."""
+        return round(self.earlier + time.time() - self.started, 2)
 
 
 class _Run:
@@ -226,6 +233,7 @@ class _Run:
     def _start(self, planned: PlannedStage, threads: int) -> None:
         name, work = planned.name, self.folder.work(planned.name, planned.fingerprint)
         work.mkdir(parents=True, exist_ok=True)
+        earlier = attempts.begin(work)
         for file in ("result.json", "error.json", "events.jsonl"):
             (work / file).unlink(missing_ok=True)
         context = StageContext(
@@ -252,8 +260,8 @@ class _Run:
             )  # fmt: skip
         assert process.stdin is not None
         send(StageJob(planned.stage.kind, config, context, address), process.stdin)
-        self.running[name] = Running(planned, process, time.time(), work, environment, log_from)
-        self._set(name, state="running", started=time.time(), workers=planned.resources.workers)
+        self.running[name] = Running(planned, process, time.time(), work, environment, log_from, earlier)
+        self._set(name, state="running", started=time.time(), workers=planned.resources.workers, earlier=earlier)
         self.terminal.stage(name, "running", resumed=planned.state == "resume")
 
     def _environment(self, planned: PlannedStage, threads: int) -> dict[str, str]:
@@ -314,7 +322,7 @@ class _Run:
         if checked["problems"]:
             self._fail(running, "handoff refused: " + "; ".join(checked["problems"]))
             return
-        seconds = round(time.time() - running.started, 2)
+        seconds = running.seconds
         manifest = {
             "name": name,
             "kind": planned.stage.kind,
@@ -333,7 +341,7 @@ class _Run:
         self.folder.publish(name, manifest)
         self.tracking.follow(name, self.folder.stage(name))  # what another node wrote into a bucket has come with it
         self.tracking.finish(name)
-        for file in ("result.json", "events.jsonl", PROBES):
+        for file in ("result.json", "events.jsonl", attempts.FILE, PROBES):
             (self.folder.stage(name) / file).unlink(missing_ok=True)
         self.done.add(name)
         self._set(name, state="done", seconds=seconds)
@@ -347,7 +355,8 @@ class _Run:
         )
         self.failed[name] = message
         push(log)
-        seconds = round(time.time() - running.started, 2)
+        seconds = running.seconds
+        attempts.end(running.work, seconds)
         self._set(name, state="failed", error=cause, seconds=seconds)
         self.terminal.stage(name, "failed", seconds=seconds, why=cause)
 
@@ -360,7 +369,8 @@ class _Run:
                 running.process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(running.process.pid, signal.SIGKILL)
-            self.state["stages"][name]["state"] = "interrupted"
+            attempts.end(running.work, running.seconds)
+            self.state["stages"][name] |= {"state": "interrupted", "seconds": running.seconds}
 
 
 def _cause(work: Path, code: int, told: list[str]) -> str:

@@ -16,6 +16,7 @@ import traceback
 from dataclasses import dataclass
 from typing import IO, Any
 
+from pipeline.artifacts import write_json, write_text
 from stages.base import StageContext
 from stages.errors import RaylignError
 from stages.storage import pull_model
@@ -55,10 +56,10 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         told = str(error) if isinstance(error, RaylignError) else f"{type(error).__name__}: {error}"
-        (work / "error.json").write_text(json.dumps({"message": told, "ours": isinstance(error, RaylignError)}))
+        write_json(work / "error.json", {"message": told, "ours": isinstance(error, RaylignError)})
         sys.stdout.flush()
         os._exit(1)
-    (work / "result.json").write_text(json.dumps(result, default=float))
+    write_text(work / "result.json", json.dumps(result, default=float))
     sys.stdout.flush()
     os._exit(0)  # nothing is left to do; waiting for libraries to tidy up costs a second, or hangs
 

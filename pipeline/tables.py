@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.artifacts import RunFolder
 from pipeline.progress import Line, brief, number, read_events
+from pipeline.report.reading import Run, StageRead, finite, mapping, mappings, texts
 from pipeline.sweep import labels, text
 from stages.data.encode import WARNINGS
 from stages.training.memory import PARTS
@@ -49,70 +49,63 @@ def cell(metrics: Mapping[str, Any], name: str) -> str:
     return (f"{100 * value:.1f}%" if name in SHARES else number(value)) + (f" ±{number(error)}" if error else "")
 
 
-def published(folder: RunFolder, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of what the run's present spec made; None where an older artifact stands there."""
-    manifest = folder.manifest(name)
-    return manifest if manifest and manifest["fingerprint"] == record["fingerprint"] else None
-
-
-def stage_rows(folder: RunFolder) -> list[dict[str, Any]]:
+def stage_rows(run: Run) -> list[dict[str, Any]]:
     """One row per stage of the run, from its record and its manifests."""
     rows = []
-    for name, record in folder.state().get("stages", {}).items():
-        manifest = published(folder, name, record)
-        ledger = ((manifest or {}).get("details") or {}).get("ledger") or {}
+    for stage in run.stages.values():
+        ledger = mapping(stage.details.get("ledger"))
+        left_out = [count for count in map(finite, mapping(ledger.get("reasons")).values()) if count is not None]
         rows.append(
             {
-                "name": name,
-                "kind": record["kind"],
-                "state": record["state"],
-                "seconds": record.get("seconds"),
-                "rows": (manifest or {}).get("rows"),
-                "left_out": sum(ledger.get("reasons", {}).values()) if ledger else None,
-                "steps": (manifest or {}).get("steps"),
-                "metrics": (record.get("error") or record.get("waiting") or "").split("\n")[0]
-                or brief((manifest or {}).get("metrics", {}))
-                or _at(folder, name, record),
+                "name": stage.name,
+                "kind": stage.kind,
+                "state": stage.state,
+                "seconds": finite(stage.record.get("seconds")),
+                "rows": finite(stage.manifest.get("rows")),
+                "left_out": sum(left_out) if ledger else None,
+                "steps": finite(stage.manifest.get("steps")),
+                "metrics": str(stage.record.get("error") or stage.record.get("waiting") or "").split("\n")[0]
+                or brief(mapping(stage.manifest.get("metrics")))
+                or _at(stage),
             }
         )
     return rows
 
 
-def _at(folder: RunFolder, name: str, record: dict[str, Any]) -> str:
+def _at(stage: StageRead) -> str:
     """How far a running stage is."""
-    if record["state"] != "running":
+    if stage.state != "running" or stage.folder is None:
         return ""
-    line = Line(record["kind"], [], 0)
-    for event in read_events(folder.work(name, record["fingerprint"]) / "events.jsonl"):
+    line = Line(stage.kind, [], 0)
+    for event in read_events(stage.folder / "events.jsonl"):
         line.event(event)
     return line.progress()
 
 
-def warnings(folder: RunFolder) -> list[str]:
+def warnings(run: Run) -> list[str]:
     """What is worth knowing of the data that was trained on, and of the models that were handed over."""
     out = []
-    for name, record in folder.state().get("stages", {}).items():
-        manifest = published(folder, name, record) or {}
-        found = (manifest.get("details") or {}).get("warnings") or {}
+    for name, stage in run.stages.items():
+        found = mapping(stage.details.get("warnings"))
         out += [f"{name}: {count} rows, {code}: {WARNINGS.get(code, code)}" for code, count in found.items()]
-        out += [f"{name}: {said}" for said in said_of(manifest)]
+        out += [f"{name}: {said}" for said in said_of(stage.manifest)]
     return out
 
 
 def said_of(manifest: dict[str, Any]) -> list[str]:
     """Warnings of a stage itself and of its handoff."""
-    details = manifest.get("details") or {}
-    own = [said for key in ("training_warnings", "evaluation_warnings") for said in details.get(key) or []]
-    return own + ((manifest.get("handoff") or {}).get("warnings") or [])
+    details = mapping(manifest.get("details"))
+    own = [said for key in ("training_warnings", "evaluation_warnings") for said in texts(details.get(key))]
+    return own + texts(mapping(manifest.get("handoff")).get("warnings"))
 
 
-def evaluations(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
-    """(stage, manifest) of every evaluation that is published in the run's present state."""
+def evaluations(run: Run) -> list[tuple[StageRead, dict[str, dict[str, Any]]]]:
+    """Every evaluation that is published in the run's present state, with its metrics by model."""
     out = []
-    for name, record in folder.state().get("stages", {}).items():
-        manifest = published(folder, name, record) if record["kind"] == "evaluate" else None
-        if manifest:
-            out.append((name, manifest))
+    for stage in run.stages.values():
+        if stage.kind == "evaluate" and stage.manifest:
+            metrics = mapping(stage.manifest.get("metrics"))
+            out.append((stage, {model: of for model, of in metrics.items() if isinstance(of, dict)}))
     return out
 
 
@@ -127,13 +120,10 @@ class SweepTable:
     best: set[tuple[int, int]]
 
 
-def sweep_tables(folder: RunFolder) -> list[SweepTable]:
+def sweep_tables(run: Run) -> list[SweepTable]:
     """A table for each sweep of which a variant is published."""
-    state = folder.state()
-    made = {name: published(folder, name, record) or {} for name, record in state.get("stages", {}).items()}
-    own = {name: manifest.get("metrics", {}) for name, manifest in made.items()}
-    compared = {name: manifest["metrics"] for name, manifest in evaluations(folder)}
-    return sweeps_of(state.get("sweeps", {}), own, compared)
+    own = {name: mapping(stage.manifest.get("metrics")) for name, stage in run.stages.items()}
+    return sweeps_of(run.sweeps, own, {stage.name: metrics for stage, metrics in evaluations(run)})
 
 
 def sweeps_of(
@@ -198,13 +188,13 @@ def _best(metric: str, values: list[Any]) -> list[int]:
     return [i for i, value in enumerate(values) if value == best]
 
 
-def render_run(folder: RunFolder) -> Group:
-    """The tables, for the terminal."""
+def render_run(run: Run) -> Group:
+    """The tables, for the terminal, and what of the run could not be read."""
     stages = Table(title=None, box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "kind", "state", "seconds", "rows", "left out", "steps", "metrics"):
         stages.add_column(column, justify="right" if column in ("seconds", "rows", "left out", "steps") else "left")
     colours = {"done": "green", "cached": "cyan", "failed": "red", "interrupted": "yellow"}
-    for row in stage_rows(folder):
+    for row in stage_rows(run):
         cells = [number(row[k]) if row[k] is not None else "" for k in ("rows", "left_out", "steps")]
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         stages.add_row(
@@ -215,22 +205,26 @@ def render_run(folder: RunFolder) -> Group:
             *cells,
             Text(row["metrics"]),
         )
-    parts: list[Any] = [stages, *(Text(said, style="yellow") for said in warnings(folder))]
-    for name, manifest in evaluations(folder):
+    parts: list[Any] = [stages, *(Text(said, style="yellow") for said in [*run.problems, *warnings(run)])]
+    for stage, compared in evaluations(run):
         table = Table(
-            title=f"\n{name}: models side by side", title_justify="left", box=None, pad_edge=False, header_style="bold"
+            title=f"\n{stage.name}: models side by side",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            header_style="bold",
         )
         # A column for each model: there are fewer of them than metrics, and a narrow terminal shows them whole.
-        for heading in ("", *manifest["metrics"]):
+        for heading in ("", *compared):
             table.add_column(heading, justify="right" if heading else "left", overflow="fold")
         for column, heading in COLUMNS.items():
-            cells = [cell(metrics, column) for metrics in manifest["metrics"].values()]
+            cells = [cell(metrics, column) for metrics in compared.values()]
             if any(cells):
                 table.add_row(heading, *cells)
         parts.append(table)
-        for gate in folder.state()["stages"][name].get("gates", []):
-            parts.append(Text(f"gate: {gate['says']}", style="green" if gate["holds"] else "red"))
-    return Group(*parts, *map(_render_sweep, sweep_tables(folder)))
+        for gate in mappings(stage.record.get("gates")):
+            parts.append(Text(f"gate: {gate.get('says')}", style="green" if gate.get("holds") else "red"))
+    return Group(*parts, *map(_render_sweep, sweep_tables(run)))
 
 
 def _render_sweep(sweep: SweepTable) -> Table:

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.artifacts import SHORT, RunFolder, read_json
 from pipeline.event_file import EventFile
 from pipeline.plan import Plan, PlannedStage
-from stages.errors import Problem
+from stages.errors import DataError, Problem
 from stages.storage import names, pull, push, remove
 from stages.tracking import missing_tracker, trackers
 
@@ -289,7 +289,7 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         record = read_json(path)
-    except ValueError:
+    except DataError:
         return {}
     whole = isinstance(record, dict) and all(
         isinstance(r, dict) and isinstance(r.get("stages"), dict) for r in record.values()

@@ -82,7 +82,7 @@ class Sync:
             self.tracker.points(run, [point])
         versions = {f"version.{library}": version for library, version in manifest.get("versions", {}).items()}
         told = {"error": redacted(facts["error"])} if facts.get("error") else {}
-        ended = facts.get("started", 0) + facts.get("seconds", 0) or time.time()
+        ended = facts.get("started", 0) + facts.get("seconds", 0) - facts.get("earlier", 0) or time.time()
         self.tracker.end(run, now, ended, versions | said_of_gates(facts.get("gates") or []) | told, [])
         self._now(entry, now)
 

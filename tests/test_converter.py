@@ -10,6 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.converter import convert, read, spec_text, write_converted
+from pipeline.converter.parts import Ours, Theirs
 from pipeline.spec_reader import load_spec
 from stages.errors import RaylignError, SpecError
 
@@ -424,3 +425,116 @@ def test_files_that_are_not_there_or_there_already(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RaylignError, match="not YAML"):
         read(tmp_path / "bytes.yaml")
+
+
+# ------------------------------------------------------------------------------------------------ nothing without a word
+
+
+A, F, T = (
+    {"base_model": "org/name", "datasets": [{"path": "org/data"}]},
+    {"model_name_or_path": "org/name", "dataset": "mine"},
+    {"model_name_or_path": "org/name", "dataset_name": "org/data"},
+)
+WHOLE: dict[str, dict[str, Any]] = {
+    "axolotl sft": A, "axolotl qlora": A | {"adapter": "qlora", "val_set_size": 0.1}, "axolotl reward": A | {"reward_model": True},
+    **{f"axolotl {rl}": A | {"rl": rl} for rl in ("dpo", "ipo", "simpo", "orpo", "kto", "grpo")},
+    **{f"factory {stage}": F | {"stage": stage, "finetuning_type": "full"} for stage in ("pt", "sft", "rm", "dpo", "kto", "ppo")},
+    "factory lora": F | {"stage": "sft", "finetuning_type": "lora"},
+    "factory simpo": F | {"stage": "dpo", "finetuning_type": "full", "pref_loss": "simpo"},
+    "trl sft": T | {"assistant_only_loss": False, "packing": True}, "trl reward": T | {"center_rewards_coefficient": 0.01},
+    "trl sft lora": T | {"packing": True, "use_peft": True}, "trl sft qlora": T | {"packing": True, "use_peft": True, "load_in_4bit": True},
+    "trl dpo": T | {"beta": 0.2}, "trl kto": T | {"desirable_weight": 1.5}, "trl grpo": T | {"num_generations": 4, "reward_funcs": "module.f"},
+}  # fmt: skip
+# What a key may hold, where any number will not do: values that are not their tool's defaults.
+VALUES: dict[str, Any] = {
+    "adapter": "lora", "finetuning_type": "lora", "stage": "rm", "rl": "dpo", "template": "qwen", "chat_template": "chatml",
+    "flash_attn": "fa2", "attn_implementation": "flash_attention_2", "deepspeed": "zero3.json", "accelerate_config": "zero3",
+    "datasets": [{"path": "org/other"}], "test_datasets": [{"path": "org/held"}], "dataset_dir": "elsewhere", "dataset": "other",
+    "eval_dataset": "held", "trl": {"beta": 0.5}, "reward_funcs": "module.f", "eval_strategy": "epoch", "truncation_mode": "keep_end",
+    "pref_loss": "hinge", "optimizer": "adamw_torch", "lr_scheduler": "linear", "chat_template_jinja": "{{ messages }}",
+    "val_set_size": 0.2, "val_size": 0.2, "test_split_size": 0.2, "warmup_ratio": 0.3, "dataset_test_split": "held",
+    "dataset_train_split": "more", "dataset_config": "en", "reward_model": "org/reward", "reward_model_name_or_path": "org/reward",
+    "lora_target": "q_proj", "lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_head"], "additional_target": "lm_head",
+    "lora_target_parameters": ["x"], "peft_layers_pattern": ["x"], "peft_layers_to_transform": [1], "quantization_bit": 4, "reward_weights": [0.5],
+    "gradient_checkpointing": False,
+}  # fmt: skip
+SAME_ANYWAY = {
+    "axolotl qlora: lora_target_linear",  # all linear layers are adapted where no others are named
+    "axolotl qlora: load_in_4bit",
+    "factory pt: neat_packing",  # rows that share a sequence never see each other here
+}
+
+
+def test_every_key_that_is_read_shows_in_the_spec_or_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read_by: list[set[str]] = []
+    finish = Ours.finish
+
+    def watched(self: Ours, theirs: Theirs, reasons: Any, silent: Any = ()) -> None:
+        if silent:  # the whole file's, not a section of it
+            read_by.append(theirs.taken - set(silent))
+        finish(self, theirs, reasons, silent)
+
+    def text_of(name: str, config: dict[str, Any]) -> str:
+        file = tmp_path / f"{name}.yaml"  # which of TRL's commands it is for, where nothing else says it
+        return spec_text(convert(config, file, tmp_path / "ours.yaml"), file)
+
+    monkeypatch.setattr(Ours, "finish", watched)
+    lost, seen = [], 0
+    for name, base in WHOLE.items():
+        plain = text_of(name, base)
+        for key in sorted(read_by[-1] - set(base)):
+            seen += 1
+            given = [base | {key: VALUES[key]}] if key in VALUES else [base | {key: value} for value in (7, True)]
+            if all(text_of(name, each) == plain for each in given) and f"{name}: {key}" not in SAME_ANYWAY:
+                lost.append(f"{name}: {key}")
+    assert seen > 300 and not lost, lost
+
+
+def test_lengths_that_have_no_place_here_are_told(there: dict[str, Any]) -> None:
+    _, _, lines = factory(there, "ppo", "mine", more=f"reward_model: {there['model']}")
+    assert "cutoff_len: 128" in "\n".join(lines)
+    text = "base_model: {model}\nrl: grpo\nsequence_len: 96\ndatasets: [{{path: {data}/chats.jsonl}}]\ntrl: {{reward_funcs: my_rewards.exact}}\n"
+    (there["folder"] / "ours.yaml").unlink()
+    _, _, lines = converted(there, "grpo.yml", text)
+    assert "sequence_len: 96" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sft.yaml", "model_name_or_path: models/m\ndataset_name: sets/a.jsonl\nassistant_only_loss: true\n"),
+        ("a.yml", "base_model: models/m\ndatasets: [{path: json, data_files: sets/a.jsonl}]\ndeepspeed: ds.json\n"),
+        ("b.yaml", "model_name_or_path: models/m\nstage: sft\ndataset: a\ndataset_dir: sets\n"),
+        ("c.yaml", "model_name_or_path: ~/models/m\nstage: sft\ndataset: a\ndataset_dir: ~/sets\n"),
+        ("d.yml", "base_model: ~/models/m\ndatasets: [{path: ~/sets/*.jsonl}]\ndeepspeed: ~/ds.json\n"),
+    ],
+)
+def test_paths_are_looked_for_where_the_command_is_given_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    """Of all these tools paths are relative to there; `~` is the home folder."""
+    here = tmp_path / "here"
+    for folder in ("here/models/m", "here/sets", "configs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (here / "models" / "m" / "config.json").write_text("{}")
+    (here / "sets" / "a.jsonl").write_text('{"text": "x"}\n')
+    (here / "sets" / "dataset_info.json").write_text('{"a": {"file_name": "a.jsonl"}}')
+    (here / "ds.json").write_text("{}")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    file = tmp_path / "configs" / name
+    file.write_text(text)
+    ours = convert(read(file), file, tmp_path / "ours.yaml")
+    path = ours.data[0]["path"]
+    assert ours.model == "here/models/m" and path in ("here/sets/a.jsonl", "here/sets/*.jsonl")
+    assert ours.stage.get("deepspeed") in (None, "here/ds.json")
+
+
+def test_an_inline_template_is_no_path(tmp_path: Path) -> None:
+    config = {
+        "base_model": "org/name",
+        "datasets": [{"path": "org/data"}],
+        "chat_template_jinja": "{% if 1 %}" + "x" * 5000,
+    }
+    ours = convert(config, tmp_path / "mine.yaml", tmp_path / "ours.yaml")
+    assert any(what.startswith("chat_template_jinja") for what, _ in ours.lost)

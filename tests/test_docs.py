@@ -271,6 +271,11 @@ def strings() -> list[str]:
     return found
 
 
+def test_what_a_user_can_bring_is_the_example_that_is_run() -> None:
+    block = next(b for b in blocks(ROOT / "pipeline" / "README.md", "python") if "class Average" in b)
+    assert (ROOT / "examples" / "own.py").read_text(encoding="utf-8").endswith(block)
+
+
 def test_messages_that_are_explained_are_those_of_the_code() -> None:
     """Each piece between `...` of a message in the tables of troubleshooting stands in one text of the code."""
     text = (ROOT / "pipeline" / "README.md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.inspection import looking
 from stages.data.chat import IGNORE, TokenizerSpec, tokenizer_spec
 from stages.data.chunks import chunks
 from stages.data.encode import Recipe, Task
 from stages.data.ledger import read_entries
-from stages.data.prepare import prepare_chunk
+from stages.data.prepare import percentiles, prepare_chunk
 from stages.data.source import DataSource, find_files
 
 GOOD = {
@@ -130,3 +132,10 @@ def test_a_template_that_raises_refuses_its_rows_by_name(tmp_path: Path, tokeniz
     done, kept, entries = prepared(path, "prompt_completion", tokenizer_spec(tokenizer, template))
     assert [row["row"] for row in kept] == [1, 3] and done["read"] == 3
     assert [(e.row, e.reason, e.detail) for e in entries] == [(2, "template_error", "not this one")]
+
+
+@given(st.lists(st.integers(1, 40), max_size=300))
+def test_lengths_are_those_that_inspect_shows(lengths: list[int]) -> None:
+    shown = looking.percentiles(lengths)
+    shown.pop("shortest", None)
+    assert percentiles(Counter(lengths)) == shown

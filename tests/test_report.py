@@ -123,6 +123,11 @@ def page_of(run: Path) -> str:
     return report_again(str(run)).read_text()
 
 
+def page_of_live(run: Path) -> str:
+    """As the runner writes it."""
+    return write_report(RunFolder(run)).read_text()
+
+
 def checked(page: str) -> Outline:
     """The page is well formed, fetches nothing, and its ids are its own."""
     outline = Outline(page)
@@ -213,6 +218,7 @@ def test_metrics_that_belong_together_share_a_chart() -> None:
     assert [s.label for s in answers.series] == ["chosen", "rejected"]
     assert accuracy.unit == "share" and len(accuracy.series) == 1  # one held-out value is no curve
     assert found.constant == [("padding share", "0.0%")] and not found.odd
+    assert found.once == [("accuracies, held out", "70.0%")]
 
 
 def test_curves_of_reinforcement_learning() -> None:
@@ -386,6 +392,17 @@ def test_sweeps_are_one_box_where_there_are_many_variants(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------ results
 
 
+def test_the_state_of_several_stages_is_what_is_worth_knowing_first() -> None:
+    said = {
+        "done": ["done", "cached"],
+        "cached": ["cached"] * 2,
+        "failed": ["done", "running", "failed"],
+        "running": ["running", "odd"],
+    }
+    assert all(graph.state_of(states) == state for state, states in said.items())
+    assert graph.state_of(["done", "unknown", "done"]) == "unknown" and graph.state_of(["odd"]) == "odd"
+
+
 def judged_run(path: Path) -> Path:
     metrics = {
         "sft": {"loss": 0.5, "exact_match": 0.25, "answer_tokens": 5.0},
@@ -464,7 +481,7 @@ def test_how_answers_changed(tmp_path: Path) -> None:
 
 def full_stage() -> dict[str, Any]:
     details = {
-        "trained_tokens": 250, "epochs": 2, "workers": {"workers": 2, "lost": 1},
+        "trained_tokens": 250, "epochs": 2, "lengths": {"median": 120, "90%": 130, "99%": 1300, "longest": 1300}, "workers": {"workers": 2, "lost": 1},
         "ledger": {"read": 10, "kept": 8, "reasons": {"too_long": 2},
                    "examples": [{"source": "chats.jsonl", "row": 3, "reason": "too_long", "detail": "300 tokens"}]},
         "mixture": [{"path": "chats.jsonl", "format": "messages", "weight": 1.0, "read": 10, "kept": 8, "held_out": 0,
@@ -480,7 +497,7 @@ def full_stage() -> dict[str, Any]:
         "versions": {"torch": "2.0", "trl": "1.0"}, "inputs": {"model": [{"model": "org/base"}]}, "details": details,
         "handoff": handoff,
     }  # fmt: skip
-    files = {"metrics.jsonl": lines(*loss(40, eval_loss=0.5))}
+    files = {"metrics.jsonl": lines(*loss(40, eval_loss=0.5), {"step": 40, "kl": 0.75})}
     return {"record": {"seconds": 7200.0, "workers": 2, "started": 1001.0}, "manifest": manifest, "files": files}
 
 
@@ -490,17 +507,32 @@ def test_a_stage_tells_its_facts(tmp_path: Path) -> None:
     outline = checked(page_of(run))
     text = outline.text
     for said in (
-        "trained tokens 250 (25.0%)", "tokens a row 125", "worker-hours 4", "workers lost 1", "of it training 1 h 00 min",
+        "trained tokens 250 (25.0%)", "tokens a row 125", "worker-hours 4", "tokens an example median 120, 90% 130, 99% 1,300, longest 1,300", "workers lost 1", "of it training 1 h 00 min",
         "10 rows read, 8 used ; left out: 2 too long (20.0%)".replace(" ;", ";"), "chats.jsonl:3", "300 tokens",
         "3 rows:", "answers run away", "does not stop", "read again it computes the same on 8 probes",
         "its answers do not end", "stop tokens 2, 3", "AutoModelForCausalLM.from_pretrained(folder)",
         f"raylign chat {run} --stage sft", "torch 2.0", "org/base", "name: run", "attention: sdpa", "loss 0.125",
-        "The same at every step: loss, held out 0.5",
+        "The same at every step: loss, held out 0.5", "Logged once: kl 0.75",
     ):  # fmt: skip
         assert said in text, said
     titles = re.findall(r"<figcaption><b>(.*?)</b>", (run / "report.html").read_text())
     assert titles == ["loss", "tokens a second", "learning rate"]
     assert outline.tags.count("h1") == 1 and "reload" in (run / "report.html").read_text()
+
+
+def test_what_a_stage_cost(tmp_path: Path) -> None:
+    """Hours of the workers it had, not of those it might have had; its bar is that of this run's attempt."""
+    stage = full_stage()
+    stage["record"] |= {"workers": 8, "started": 1030.0, "seconds": 3630.0, "earlier": 3600.0}
+    stage["manifest"]["workers"] = 8
+    page = page_of(make_run(tmp_path / "run", {"sft": stage}))
+    assert "workers 2 worker-hours 2.02" in checked(page).text
+    assert "margin-left: 50.0%; width: 50.0%" in page
+    stage["record"] |= {"state": "running", "started": time.time() - 30}
+    page = page_of_live(
+        make_run(tmp_path / "live", {"sft": stage}, state="running", started=time.time() - 60, finished=None)
+    )
+    assert "1 h 00 min" in checked(page).text
 
 
 def test_what_is_written_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -718,7 +750,7 @@ def test_a_run_of_another_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["name", "state", "started", "finished", "stages", "sweeps"])
 @pytest.mark.parametrize(
-    "value", [None, 1, "x", [], {}, {"a": None}, {"a": {"b": 1}}, [1], float("nan"), 1e400, -5, True]
+    "value", [None, 1, "x", [], {}, {"a": None}, {"a": {"b": 1}}, [1], float("nan"), 1e400, 10**400, -5, True]
 )
 def test_no_value_of_the_record_stops_the_page(tmp_path: Path, key: str, value: Any) -> None:
     run = make_run(tmp_path / "run", {"sft": full_stage()})
@@ -730,7 +762,7 @@ def test_no_value_of_the_record_stops_the_page(tmp_path: Path, key: str, value: 
 @pytest.mark.parametrize(
     "key", ["kind", "state", "started", "seconds", "workers", "gates", "error", "waiting", "inputs", "fingerprint"]
 )
-@pytest.mark.parametrize("value", [None, 1, "x", [], {}, ["a", None], {"a": 1}, float("inf"), -5])
+@pytest.mark.parametrize("value", [None, 1, "x", [], {}, ["a", None], {"a": 1}, float("inf"), 10**400, -5])
 def test_no_value_of_a_stage_s_record_stops_the_page(tmp_path: Path, key: str, value: Any) -> None:
     stage = full_stage()
     run = make_run(tmp_path / "run", {"sft": stage})
@@ -740,7 +772,9 @@ def test_no_value_of_a_stage_s_record_stops_the_page(tmp_path: Path, key: str, v
     checked(page_of(run))
 
 
-@pytest.mark.parametrize("value", [None, 1, "x", [], {}, [None], {"a": 1}, {"a": [1]}, [{"a": 1}], float("nan"), True])
+@pytest.mark.parametrize(
+    "value", [None, 1, "x", [], {}, [None], {"a": 1}, {"a": [1]}, [{"a": 1}], float("nan"), 10**400, True]
+)
 def test_no_value_of_a_manifest_stops_the_page(tmp_path: Path, value: Any) -> None:
     def variants(given: dict[str, Any]) -> list[dict[str, Any]]:
         out = [given | {key: value} for key in given]

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from pipeline.artifacts import NAME, RunFolder
 from pipeline.chat import talk
 from pipeline.report import write_report
+from pipeline.report.reading import read_run
 from pipeline.spec_reader import load_spec
 from pipeline.sweep import expand
 from pipeline.tables import render_run
@@ -485,7 +486,7 @@ def test_a_run_folder_that_was_sent_is_text_in_the_report(tmp_path: Path) -> Non
     page = (run / "report.html").read_text()
     assert "alert(1)" in page and "<script" not in page and "<img" not in page and "onerror='" not in page
     assert page.count("</pre>") == page.count("<pre>")
-    render_run(folder)
+    render_run(read_run(folder))
 
 
 def test_links_in_a_run_folder_are_not_written_through(tmp_path: Path) -> None:

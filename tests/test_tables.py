@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from pipeline.artifacts import RunFolder
+from pipeline.chat import choose_models
+from pipeline.cli import app
 from pipeline.progress import Terminal, brief
 from pipeline.report import write_report
+from pipeline.report.reading import read_run
 from pipeline.tables import render_run, sweep_tables, warnings
+from stages.errors import DataError
 
 BETAS = (0.05, 0.1, 0.3)
 
@@ -39,7 +47,7 @@ def variants(*betas: float) -> dict[str, Any]:
 
 def shown(folder: RunFolder) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(render_run(folder))
+    console.print(render_run(read_run(folder, whole=False)))
     return console.export_text()
 
 
@@ -53,7 +61,7 @@ def test_a_sweep_has_a_table_and_its_best_values_are_marked(tmp_path: Path) -> N
     }
     metrics["eval"]["sft"] = {"exact_match": 0.99}
     folder = run_folder(tmp_path, metrics, variants(*BETAS))
-    (table,) = sweep_tables(folder)
+    (table,) = sweep_tables(read_run(folder))
     assert table.columns == ["variant", "beta", "loss", "eval loss", "margins", "exact match"]
     assert table.rows[2] == ["dpo-beta-0.3", "0.3", "0.800", "0.300", "0.600", "60.0%"]
     assert table.best == {(0, 2), (2, 3), (1, 5), (2, 5)}  # no margin is the better one, and both best matches are
@@ -73,7 +81,7 @@ def test_what_is_not_there_yet_is_left_empty(tmp_path: Path) -> None:
     state["stages"]["dpo-beta-0.3"] = {"kind": "dpo", "fingerprint": "x", "state": "running"}
     state["sweeps"] = variants(0.1, 0.3)
     folder.save_state(state)
-    (table,) = sweep_tables(folder)
+    (table,) = sweep_tables(read_run(folder))
     assert table.rows == [["dpo-beta-0.1", "0.1", "0.500"], ["dpo-beta-0.3", "0.3", ""]] and not table.best
     assert shown(folder)
 
@@ -83,24 +91,24 @@ def test_two_evaluations_are_told_apart_and_held_out_metrics_come_first(tmp_path
     metrics = {"dpo-beta-0.1": own, "dpo-beta-0.3": own | {"eval_rewards/accuracies": 0.8}}
     of_models = {name: {"loss": 1.0} for name in metrics}
     folder = run_folder(tmp_path, {**metrics, "eval-a": of_models, "eval-b": of_models}, variants(0.1, 0.3))
-    (table,) = sweep_tables(folder)
+    (table,) = sweep_tables(read_run(folder))
     assert table.columns == ["variant", "beta", "eval accuracies", "eval-a: held-out loss", "eval-b: held-out loss"]
     assert table.best == {(1, 2)}  # equal values have no best
 
 
 def test_a_run_without_sweeps_and_one_of_before_there_were_any(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, {"dpo": {"loss": 0.5}}, {})
-    assert sweep_tables(folder) == []
+    assert sweep_tables(read_run(folder)) == []
     state = folder.state()
     del state["sweeps"]
     folder.save_state(state)
-    assert sweep_tables(folder) == [] and "variants" not in shown(folder)
+    assert sweep_tables(read_run(folder)) == [] and "variants" not in shown(folder)
 
 
 def test_warnings_of_the_stages_themselves_are_shown(tmp_path: Path) -> None:
     said = {"dpo": {"training_warnings": ["answers run away"]}, "eval": {"evaluation_warnings": ["dpo: <b>longer</b>"]}}
     folder = run_folder(tmp_path, {"dpo": {}, "eval": {"dpo": {"loss": 1.0}}}, {}, **said)
-    assert warnings(folder) == ["dpo: answers run away", "eval: dpo: <b>longer</b>"]
+    assert warnings(read_run(folder)) == ["dpo: answers run away", "eval: dpo: <b>longer</b>"]
     assert "dpo: answers run away" in shown(folder)
     write_report(folder)
     page = (tmp_path / "report.html").read_text()
@@ -124,11 +132,11 @@ def test_what_is_told_of_reinforcement_learning(tmp_path: Path) -> None:
     folder = run_folder(
         tmp_path, {"a": ppo, "b": ppo | {"eval_reward": 0.375}}, {"ppo": {"a": {"x": 1}, "b": {"x": 2}}}
     )
-    (table,) = sweep_tables(folder)
+    (table,) = sweep_tables(read_run(folder))
     assert table.columns == ["variant", "x", "eval reward", "kl", "kl per token"]  # the loss says nothing
     assert table.best == {(1, 2)}
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(render_run(folder))
+    console.print(render_run(read_run(folder)))
     text = " ".join(console.export_text().split())
     assert "eval reward 0.250" in text and "…" not in text
 
@@ -206,3 +214,51 @@ def test_the_state_of_a_running_stage_says_how_far_it_is(tmp_path: Path) -> None
     ]
     (work / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told) + '{"done": 41')
     assert "train 40/100 steps  loss 2.000  2 steps/s, 0:30 left" in shown(folder)
+
+
+# ------------------------------------------------------------------------------------------------ damaged run folders
+
+
+def damaged(path: Path, file: str, text: str) -> str:
+    """What `raylign status` shows of a run of which one file is not what was written."""
+    folder = run_folder(path, {"sft": {"loss": 0.5}, "dpo": {"loss": 0.25}}, {})
+    (path / "spec.yaml").write_text("name: r\n")
+    (path / file).write_text(text)
+    told = CliRunner().invoke(app, ["status", str(path)])
+    assert told.exit_code == 0 and told.exception is None, told.output
+    assert folder.stage("dpo").is_dir() and "loss 0.250" in told.output
+    return told.output
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '"x"', '{"fingerprint": ', "\x00"])
+def test_status_of_a_run_with_a_torn_manifest(tmp_path: Path, text: str) -> None:
+    said = damaged(tmp_path, "sft/manifest.json", text)
+    assert "r: done" in said and "sft/manifest.json is not" in said
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '{"stages": 1}', '{"name": "r"}'])
+def test_status_of_a_run_with_a_torn_record(tmp_path: Path, text: str) -> None:
+    said = damaged(tmp_path, "run.json", text)
+    assert "its stages are those that have a manifest: sft, dpo" in said and "loss 0.500" in said
+
+
+def test_status_of_a_record_without_states_and_kinds(tmp_path: Path) -> None:
+    said = damaged(tmp_path, "run.json", '{"stages": {"sft": {}, "dpo": {"fingerprint": "dpo"}, "x": {"seconds": []}}}')
+    assert ": unknown" in said and "loss 0.500" in said
+
+
+def test_a_torn_manifest_says_what_to_do_where_it_decides(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"sft": {}, "dpo": {}}, {})
+    (tmp_path / "sft" / "manifest.json").write_text('{"fingerprint": "sft", "me')
+    told = rf"{re.escape(str(tmp_path))}/sft/manifest\.json: not whole: .*\n  put it back, or remove the folder "
+    for decides in (
+        lambda: folder.find("sft", "sft"), lambda: folder.artifact("sft"), lambda: choose_models(folder, ["sft"]),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=told):
+            decides()
+    assert list(choose_models(folder, [])) == ["dpo"] == list(choose_models(folder, ["dpo"]))  # another's is no matter
+    (tmp_path / "sft" / "manifest.json").write_text('{"kind": "sft"}')
+    with pytest.raises(DataError, match="it has no fingerprint"):
+        folder.find("sft", "sft")
+    shutil.rmtree(tmp_path / "sft")
+    assert folder.find("sft", "sft") is None  # it would be made again

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.converter.parts import (
+    PROMPTS,
     Ours,
     Theirs,
     deepspeed_of,
     flash,
     held_out,
     model_path,
+    place_of,
     source_path,
     split_names,
 )
@@ -97,6 +99,8 @@ CUSTOM = {
 }
 OWN_TEMPLATES = ("tokenizer_default", "tokenizer_default_fallback_")
 REASONS = {
+    "sequence_len": PROMPTS,
+    "train_on_inputs|sample_packing": "of SFT; it means nothing to this stage",
     "fsdp.*": "write `deepspeed: zero3`, which shares out the same",
     "load_in_8bit": "8-bit weights are not there; `tuning: {method: qlora}` has 4 bits",
     "gptq": "weights in GPTQ are not trained beside; `tuning: {method: qlora}`",
@@ -141,7 +145,7 @@ REASONS = {
     "process_reward_model": "there is no reward for each step of an answer",
     "quantization|qat|fp8|bfloat16|float16|float32|embeddings_skip_upcast": "bf16 under autocast, or fp16",
     "lora_.*|peft_.*|load_in_4bit": "without `adapter` it means nothing",
-    "rl_beta|simpo_gamma|rpo_alpha|orpo_alpha|cpo_alpha|kto_.*|dpo_.*|trl": "it means nothing to this stage",
+    "rl_beta|simpo_gamma|rpo_alpha|orpo_alpha|cpo_alpha|kto_.*|dpo_.*|trl|reward_model": "it means nothing to this stage",
     "torch_compile|merge_lora|use_pose|pose_.*|chat_template_kwargs": "not carried over",
 }  # fmt: skip
 SILENT = ("output_dir", "dataset_prepared_path", "lora_on_cpu")
@@ -162,17 +166,18 @@ def convert(config: Mapping[str, Any], file: Path, out: Path) -> Ours:
         raise SpecError([Problem("rl", f"{rl!r} has no stage; there are {', '.join(KINDS)}")], str(file))
     kind, loss = KINDS[rl] if rl else ("reward" if theirs.take("reward_model") else "sft", None)
     ours = Ours("axolotl", kind, file.stem, model_path(str(theirs.take("base_model")), folder, out))
-    theirs.take("reward_model")
+    if not rl:
+        theirs.take("reward_model")
     for key, into in (("datasets", ours.data), ("test_datasets", ours.heldout)):
         for entry in theirs.take(key) or []:
             into.append(_source(Theirs(entry), ours, folder, out))
     if (share := theirs.take("val_set_size")) is not None and share:
         held_out(ours, "val_set_size", share)
+    unused = ("sequence_len",) if kind == "grpo" else ()
     for name, value in DEFAULTS.items():
-        theirs.values[name] = theirs.values.get(name) if theirs.values.get(name) is not None else value
-    if kind == "grpo":
-        theirs.values.pop("sequence_len", None)
-    ours.trains(theirs, TRAIN, _as_ours)
+        if name not in unused:
+            theirs.values[name] = theirs.values.get(name) if theirs.values.get(name) is not None else value
+    ours.trains(theirs, {name: to for name, to in TRAIN.items() if name not in unused}, _as_ours)
     _losses(theirs, ours, loss)
     if kind == "grpo":
         _rewards(theirs, ours)
@@ -209,7 +214,7 @@ def _source(entry: Theirs, ours: Ours, folder: Path, out: Path) -> dict[str, Any
         first = files if isinstance(files, str) else files[0]
         if isinstance(files, list) and len(files) > 1:
             ours.drop("datasets.data_files", files[1:], "one file for each data source: write the others beside it")
-        path = first if (folder / first).exists() or path in ("json", "csv", "parquet", "text") else path
+        path = first if place_of(first, folder).exists() or path in ("json", "csv", "parquet", "text") else path
     source: dict[str, Any] = {"path": source_path(path, folder, out)}
     entry.take("ds_type")
     for name in ("split", "name", "revision"):
@@ -303,6 +308,7 @@ def _losses(theirs: Theirs, ours: Ours, loss: str | None) -> None:
         beta, ours.was["beta"] = orpo, "orpo_alpha"
     elif beta is not None:
         ours.was["beta"] = "rl_beta"
+        theirs.give_back("orpo_alpha")
     if beta is not None:
         ours.train["beta"] = float(beta)
     if ours.kind != "dpo":
@@ -312,6 +318,10 @@ def _losses(theirs: Theirs, ours: Ours, loss: str | None) -> None:
         ours.train["loss_type"], ours.was["loss_type"] = loss, f"rl: {loss}"
     if weight := sft or (cpo if loss == "simpo" else None):
         ours.train |= {"loss_type": [loss or "sigmoid", "sft"], "loss_weights": [1.0, float(weight)]}
+    if sft or loss != "simpo":
+        theirs.give_back("cpo_alpha")
+    if loss != "simpo":
+        theirs.give_back("simpo_gamma")
     if gamma is not None and loss == "simpo":
         ours.stage["gamma"], ours.was["gamma"] = float(gamma), "simpo_gamma"
         ours.differs.append(
@@ -363,7 +373,9 @@ def _mask(theirs: Theirs, ours: Ours, folder: Path, out: Path) -> None:
         if packing:
             ours.train["packing"], ours.was["packing"] = True, "sample_packing"
             ours.differs.append("micro_batch_size: of packed sequences, there as here; a step has as many sequences")
-    if text is not None and (folder / str(text)).is_file():
+    else:
+        theirs.give_back("train_on_inputs", "sample_packing")
+    if text is not None and "{" not in str(text) and place_of(str(text), folder).is_file():
         ours.head["chat_template"] = source_path(str(text), folder, out)
     elif text is not None:
         ours.drop("chat_template_jinja", text, "write it to a file, and `chat_template: FILE` at the top of the spec")

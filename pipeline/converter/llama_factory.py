@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.converter.parts import (
+    PROMPTS,
     Ours,
     Theirs,
     deepspeed_of,
     flash,
     held_out,
     model_path,
+    place_of,
     source_path,
     split_names,
 )
@@ -47,6 +49,10 @@ ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "syst
 SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
 REASONS = {
+    "cutoff_len": PROMPTS,
+    "packing|neat_packing": "of SFT; it means nothing to this stage",
+    "train_on_prompt|mask_history": "of conversations in SFT; it means nothing to this stage",
+    "template": "plain text is trained on, without a chat template",
     "freeze_.*|use_llama_pro": "parts of a model cannot be frozen; `tuning` is full, lora or qlora",
     "use_galore|galore_.*": "write `optim: galore_adamw` and `optim_target_modules` under `train`",
     "use_apollo|apollo_.*": "write `optim: apollo_adamw` and `optim_target_modules` under `train`",
@@ -118,6 +124,8 @@ def convert(config: Mapping[str, Any], file: Path, out: Path) -> Ours:
         ours.differs.append(
             "cutoff_len: LLaMA-Factory shortens both question and answer; here the end is cut (truncation: right)"
         )
+    else:
+        theirs.give_back("cutoff_len")
     ours.trains(theirs, {name: TRAIN[name] for name in OF_KIND.get(kind, ())})
     _losses(theirs, ours)
     if kind == "ppo":
@@ -144,8 +152,10 @@ def convert(config: Mapping[str, Any], file: Path, out: Path) -> Ours:
 
 
 def _data(theirs: Theirs, ours: Ours, folder: Path, out: Path, stage: str) -> None:
-    place = folder / str(theirs.take("dataset_dir", "data"))
-    info_file = next((p for p in (place / "dataset_info.json", folder / "dataset_info.json") if p.is_file()), None)
+    name = str(theirs.take("dataset_dir", "data"))
+    place = place_of(name, folder)
+    places = [folder / name, Path.cwd() / name, folder]
+    info_file = next((p / "dataset_info.json" for p in places if (p / "dataset_info.json").is_file()), None)
     info = _info(info_file)
     where = info_file.parent if info_file is not None else place
     for key, into in (("dataset", ours.data), ("eval_dataset", ours.heldout)):
@@ -295,9 +305,15 @@ def _mask(theirs: Theirs, ours: Ours, stage: str) -> None:
     neat, prompt, last = (theirs.take(name) for name in ("neat_packing", "train_on_prompt", "mask_history"))
     if ours.kind == "sft" and stage != "pt":
         ours.mask["train_on"] = "last_assistant" if last else "all" if prompt else "assistant"
-    if ours.kind == "sft" and (packing or neat or (stage == "pt" and packing is None)):
+    else:
+        theirs.give_back("train_on_prompt", "mask_history")
+    if ours.kind != "sft":
+        theirs.give_back("packing", "neat_packing")
+    elif packing or neat or (stage == "pt" and packing is None):
         ours.train["packing"] = True
-    if packing and not neat:
+    if stage == "pt":
+        theirs.give_back("template")
+    if ours.kind == "sft" and packing and not neat:
         ours.differs.append(
             "packing: there rows that share a sequence see each other, unless neat_packing; here they never do"
         )

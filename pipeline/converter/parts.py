@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stages import KINDS
 from stages.data.files import classify
 from stages.training.arguments import MANAGED
 
+PROMPTS = "prompts have the model's positions, less `max_new_tokens`, which stands beside `train`"
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 # Ways to write the same path of DeepSpeed's configuration: `ds_z3_config.json`, `deepspeed_configs/zero3_bf16.json`, `zero2`
 ZERO = re.compile(r"(?:zero|(?:^|[_-])z|stage[_-]?)([0-3])", re.IGNORECASE)
@@ -130,8 +132,8 @@ def deepspeed_of(value: Any, folder: Path, out: Path, ours: Ours) -> None:
             "deepspeed", value, "a preset in its place; write the mapping to a JSON file and name that, for all of it"
         )
         return
-    file = next((f for f in (folder / str(value), Path(str(value))) if f.is_file()), None)
-    if file is not None:
+    file = place_of(str(value), folder)
+    if file.is_file():
         ours.stage["deepspeed"] = os.path.relpath(file.resolve(), out.resolve().parent)
     elif found := ZERO.search(Path(str(value)).name):
         preset = f"zero{found.group(1)}" + "+offload" * ("offload" in str(value) and found.group(1) != "0")
@@ -141,19 +143,26 @@ def deepspeed_of(value: Any, folder: Path, out: Path, ours: Ours) -> None:
         ours.drop("deepspeed", value, "the file is not here, and its name is no stage of ZeRO; write zero2 or zero3")
 
 
+def place_of(value: str, folder: Path) -> Path:
+    """Where a path of theirs leads: beside their file, or from where the command is given, as their tools take it."""
+    path = os.path.expanduser(value)
+    places = [folder / path, Path.cwd() / path]
+    return next((place for place in places if place.exists() or glob(str(place))), places[0])
+
+
 def source_path(value: str, folder: Path, out: Path) -> str:
     """Their data as a path: a file or folder relative to the spec, an address, or a dataset of the hub."""
     if "://" in value:
         return value
-    there = folder / value
+    there = place_of(value, folder)
     if there.exists() or value.startswith((".", "/", "~")) or classify(value) or any(c in value for c in "*?"):
-        return os.path.relpath(os.path.abspath(os.path.expanduser(there)), out.resolve().parent)
+        return os.path.relpath(os.path.abspath(there), out.resolve().parent)
     return f"hf://{value}"
 
 
 def model_path(value: str, folder: Path, out: Path) -> str:
     """A folder relative to the spec, or a hub id."""
-    there = folder / os.path.expanduser(value)
+    there = place_of(value, folder)
     if there.exists() or value.startswith((".", "/", "~")):
         return os.path.relpath(os.path.abspath(there), out.resolve().parent)
     return value

@@ -40,7 +40,8 @@ REASONS = {
     "dataset_streaming|streaming": "Ray Data streams by itself",
     "ignore_bias_buffers": "of an old torch",
     "num_processes|num_machines|machine_rank|main_process_.*|mixed_precision": "`cluster:` says how many workers there are",
-    "lora_.*|use_rslora|use_dora|load_in_4bit|bnb_.*|use_bnb_.*": "without use_peft it means nothing",
+    "lora_.*|use_rslora|use_dora|load_in_4bit": "without use_peft it means nothing",
+    "bnb_.*|use_bnb_.*": "without use_peft and load_in_4bit it means nothing",
     "accelerate_config": "`cluster:` says how many workers there are, `deepspeed:` how memory is shared",
     "env": "set the variables in the environment",
 }
@@ -172,7 +173,9 @@ def _tuning(theirs: Theirs, ours: Ours) -> None:
         if ours.tuning.get("target_modules") in ("all-linear", ["all-linear"]):
             ours.tuning["target_modules"] = "all-linear"
     else:
-        theirs.give_back(*LORA, *FOUR_BITS, "load_in_4bit")
+        theirs.give_back(*LORA, "load_in_4bit")
+    if not (used and four):
+        theirs.give_back(*FOUR_BITS)
 
 
 def _lengths(theirs: Theirs, ours: Ours) -> None:

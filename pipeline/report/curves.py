@@ -89,6 +89,7 @@ class Chart:
 class Curves:
     charts: list[Chart] = field(default_factory=list)
     constant: list[tuple[str, str]] = field(default_factory=list)  # (metric, value) of those that never changed
+    once: list[tuple[str, str]] = field(default_factory=list)  # the same of those that were logged once
     odd: list[str] = field(default_factory=list)  # what was not a number
 
 
@@ -96,6 +97,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], points: int = POINTS) -> Curves
     """The charts of a stage."""
     known, odd = series_of(metrics)
     out = Curves(odd=[f"{name}: {count} of its values are not numbers, and not shown" for name, count in odd.items()])
+    out.once = [(spoken(name), _said(name, found[0][1])) for name, found in known.items() if len(found) == 1]
     known = {name: found for name, found in known.items() if len(found) > 1}
     reinforced = "reward" in known
     if known.get("rewards/reward") == known.get("reward") or len(_terms(known)) == 1:

@@ -110,7 +110,8 @@ def _node(name: str, members: Sequence[StageRead], together: Mapping[str, str], 
 
 def state_of(states: Sequence[str]) -> str:
     """The state of several stages as one: what is worth knowing first."""
-    for state in ("failed", "running", "interrupted", "waiting", "not run"):
+    strange = [state for state in states if state not in ICONS]
+    for state in ("failed", "running", "interrupted", "waiting", "not run", *strange):
         if state in states:
             return state
     return "cached" if all(s == "cached" for s in states) else "done"

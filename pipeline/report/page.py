@@ -113,12 +113,13 @@ def _rows(run: Run, views: list[StageView], end: float | None) -> list[dict[str,
         stage = run.stages[shown.name]
         started = finite(stage.record.get("started"))
         seconds = stage.seconds if stage.state != "running" else None
+        earlier = finite(stage.record.get("earlier")) or 0.0  # of attempts before this run
         if stage.state == "running" and started is not None and end is not None:
-            seconds = end - started
+            seconds = earlier + end - started
         bar = None
         if whole and begin is not None and started is not None and seconds is not None:
             left = min(1.0, max(0.0, (started - begin) / whole))
-            bar = (left, min(1.0 - left, max(0.004, seconds / whole)))
+            bar = (left, min(1.0 - left, max(0.004, (seconds - earlier) / whole)))
         ledger = shown.ledger
         left_out = sum(c for c in map(finite, _reasons(stage)) if c is not None) if ledger else None
         out.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +77,9 @@ class Run:
 
 
 def finite(value: Any) -> float | None:
-    """A number, None for everything else."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    """A number, None for everything else, integers that no float can hold among it."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return value if known else None
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -178,8 +180,8 @@ def _published(folder: Path) -> list[str]:
     return [m.parent.name for m in sorted(found, key=lambda m: (m.stat().st_mtime, m.parent.name))]
 
 
-def read_run(folder: RunFolder) -> Run:
-    """All that the page shows."""
+def read_run(folder: RunFolder, whole: bool = True) -> Run:
+    """All that is shown of a run; its metrics and samples only where it is to be the `whole`."""
     problems: list[str] = []
     path = folder.path
     record = path / "run.json"
@@ -202,7 +204,7 @@ def read_run(folder: RunFolder) -> Run:
         if NAME.fullmatch(name) is None:
             problems.append(f"run.json: {name!r} is no name of a stage; it is left out")
         else:
-            run.stages[name] = _read_stage(folder, name, mapping(given), problems)
+            run.stages[name] = _read_stage(folder, name, mapping(given), problems, whole)
     run.sweeps = _sweeps(state.get("sweeps"), problems)
     spec = text_of(path / "spec.yaml", problems, "spec.yaml")
     if spec is None:
@@ -211,7 +213,7 @@ def read_run(folder: RunFolder) -> Run:
     return run
 
 
-def _read_stage(folder: RunFolder, name: str, record: dict[str, Any], problems: list[str]) -> StageRead:
+def _read_stage(folder: RunFolder, name: str, record: dict[str, Any], problems: list[str], whole: bool) -> StageRead:
     fingerprint = str(record.get("fingerprint") or "")
     manifest = json_of(pull(folder.stage(name) / "manifest.json"), problems, f"{name}/manifest.json")
     if record and manifest and manifest.get("fingerprint") != record.get("fingerprint"):
@@ -223,7 +225,7 @@ def _read_stage(folder: RunFolder, name: str, record: dict[str, Any], problems: 
         problems.append(f"{name}: {state}, but its manifest is missing")
     work = folder.work(name, fingerprint) if NAME.fullmatch(fingerprint or "-") else None
     stage.folder = folder.stage(name) if manifest else work if work is not None and work.is_dir() else None
-    if stage.folder is not None:
+    if stage.folder is not None and whole:
         stage.metrics = lines_of(stage.folder / "metrics.jsonl", problems, f"{name}/metrics.jsonl")
         stage.samples = lines_of(stage.folder / "samples.jsonl", problems, f"{name}/samples.jsonl", SAMPLES_AT_MOST)
         if not manifest:

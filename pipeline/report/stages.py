@@ -49,6 +49,7 @@ class StageView:
     figures: list[Figure] = field(default_factory=list)
     more: list[Figure] = field(default_factory=list)
     constant: list[tuple[str, str]] = field(default_factory=list)
+    once: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     ledger: Ledger | None = None
@@ -78,7 +79,7 @@ def view(stage: StageRead, points: int, tell: Callable[[str], None], attempt: Ca
         found = curves(stage.metrics, points)
         drawn = [line_chart(chart) for chart in found.charts]
         out.figures, out.more = [f for f in drawn if f.main], [f for f in drawn if not f.main]
-        out.constant = found.constant
+        out.constant, out.once = found.constant, found.once
         for odd in found.odd:
             tell(f"{stage.name}: {odd}")
 
@@ -112,6 +113,7 @@ def facts(stage: StageRead) -> list[tuple[str, str]]:
         ("tokens", number(tokens)),
         ("trained tokens", f"{number(trained)} ({share(trained / tokens)})" if trained and tokens else ""),
         ("tokens a row", number(round(tokens / rows, 1)) if tokens and rows else ""),
+        ("tokens an example", ", ".join(f"{at} {number(n)}" for at, n in mapping(details.get("lengths")).items())),
         ("packed rows are full to", share(details.get("fill")) if finite(details.get("fill")) is not None else ""),
         ("epochs", number(details.get("epochs"))),
         ("steps", number(made.get("steps"))),
@@ -130,18 +132,22 @@ def cost(stage: StageRead) -> list[tuple[str, str]]:
     return [
         ("time", duration(stage.seconds)),
         ("of it training", duration(finite(mapping(stage.manifest.get("metrics")).get("train_seconds")))),
-        ("workers", number(finite(stage.record.get("workers")) or finite(stage.manifest.get("workers")))),
+        ("workers", number(workers(stage))),
         ("worker-hours", number(worker_hours(stage))),
         ("tokens a second, median", number(round(median(rates))) if rates else ""),
         ("workers lost", number(lost) if lost else ""),
     ]
 
 
+def workers(stage: StageRead) -> float | None:
+    """As many as it had; until that is known, as many as it may have."""
+    had = finite(mapping(stage.details.get("workers")).get("workers"))
+    return had or finite(stage.record.get("workers")) or finite(stage.manifest.get("workers"))
+
+
 def worker_hours(stage: StageRead) -> float | None:
-    workers = finite(stage.record.get("workers")) or finite(stage.manifest.get("workers"))
-    if workers is None or stage.seconds is None:
-        return None
-    return float(f"{workers * stage.seconds / 3600:.3g}")
+    count = workers(stage)
+    return None if count is None or stage.seconds is None else float(f"{count * stage.seconds / 3600:.3g}")
 
 
 def warnings(stage: StageRead) -> list[str]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,7 @@ class _Counts:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens -> examples of so many
     held_out: int = 0
     weighted: bool = False
     margins: int = 0  # pairs that say how much better the chosen answer is
@@ -212,6 +215,7 @@ class _Counts:
         for row in rows:
             length = length_of(row)
             self.longest = max(self.longest, length)
+            self.lengths[length] += copies
             self.weighted = self.weighted or row.get("weights") is not None
             self.margins += copies * (row.get("margin") is not None)
             self.wanted += copies * row.get("label", False)
@@ -233,6 +237,16 @@ def trained_of(row: Row) -> int:
     if "labels" in row:
         return len(row["labels"]) - row["labels"].count(IGNORE)
     return sum(len(row[side]) for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row)
+
+
+def percentiles(lengths: Mapping[int, int]) -> dict[str, int]:
+    """Of lengths, each with how often it comes: median, 90%, 99% and the longest, as `raylign inspect` has them."""
+    ordered = sorted(lengths)
+    ends = list(accumulate(lengths[n] for n in ordered))
+    if not ends:
+        return {}
+    at = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
+    return {name: ordered[bisect_right(ends, min(ends[-1] - 1, int(share * ends[-1])))] for name, share in at.items()}
 
 
 def prepare_chunk(index: int, chunk: Chunk, source: DataSource, format: str, recipe: Recipe, work: Path) -> None:
@@ -341,7 +355,7 @@ class _Making:
     def run(self) -> None:
         sources, formats, recipe, work = self.sources, self.formats, self.recipe, self.work
         todo = [chunk for i, source in enumerate(sources) for file in find_files(source) for chunk in chunks(i, file)]
-        self._keep_or_clear(repr(todo))
+        self._keep_or_clear(repr((sorted(_Counts.__dataclass_fields__), todo)))
         if recipe.deduplicate:
             self._map(
                 missing(work, "hashes-{:06}.npy", len(todo)),
@@ -376,7 +390,7 @@ class _Making:
         push(self.target, last="manifest.json")
 
     def _keep_or_clear(self, todo: str) -> None:
-        """What an interrupted attempt had made is of use only where the files are cut as they were then."""
+        """What an interrupted attempt had made is of use only where the files are cut, and counted, as they were then."""
         cut = pull(self.work / "chunks")
         if not cut.is_file() or cut.read_text() != todo:
             self._clear()
@@ -448,6 +462,9 @@ class _Making:
                 remove(self.work / shard["file"])
             shards = packed
         rows, tokens = sum(shard["rows"] for shard in shards), sum(chunk["tokens"] for chunk in done)
+        lengths: Counter[int] = Counter()
+        for chunk in done:
+            lengths.update({int(length): count for length, count in chunk["lengths"].items()})
         warnings: Counter[str] = sum((Counter(chunk["warnings"]) for chunk in done), Counter())
         read, kept = sum(chunk["read"] for chunk in done), sum(chunk["kept"] for chunk in done)
         manifest = {
@@ -456,6 +473,7 @@ class _Making:
             "tokens": tokens,
             "trained_tokens": sum(chunk["trained_tokens"] for chunk in done),
             "longest": max((chunk["longest"] for chunk in done), default=0),
+            "lengths": percentiles(lengths),
             "fill": tokens / (rows * self.recipe.max_length) if packed and self.recipe.max_length else None,
             "weighted": any(chunk["weighted"] for chunk in done),
             **self._preferences(done),

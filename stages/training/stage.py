@@ -296,6 +296,7 @@ def result_of(data: Prepared, outcome: dict[str, Any], more: dict[str, Any]) -> 
         "mixture": data.manifest["sources"],
         "warnings": data.manifest["warnings"],
         "fill": data.manifest["fill"],
+        "lengths": data.manifest.get("lengths", {}),  # of data that an older version prepared: not known
         "kernels": outcome["kernels"],
         **more,
     }

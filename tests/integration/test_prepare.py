@@ -119,7 +119,8 @@ def test_long_rows_go_to_the_ledger_and_are_not_cut(tmp_path: Path, data: Path, 
     whole = prepare(sources, Recipe("conversation", tokenizer_spec(tokenizer)), tmp_path)
     limit = sorted(len(row["input_ids"]) for row in whole.read())[50]
     cut = prepare(sources, Recipe("conversation", tokenizer_spec(tokenizer), max_length=limit), tmp_path)
-    assert cut.manifest["longest"] <= limit
+    assert cut.manifest["longest"] == cut.manifest["lengths"]["longest"] <= limit
+    assert whole.manifest["lengths"]["median"] == limit  # of 101 rows
     assert cut.rows + cut.manifest["ledger"]["reasons"]["too_long"] == whole.rows
     assert [r for r in whole.read() if len(r["input_ids"]) <= limit] == cut.read()
 
