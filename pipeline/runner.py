@@ -369,8 +369,9 @@ class _Run:
                 running.process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(running.process.pid, signal.SIGKILL)
-            attempts.end(running.work, running.seconds)
             self.state["stages"][name] |= {"state": "interrupted", "seconds": running.seconds}
+        for running in self.running.values():  # when all are stopped: on a full disk nothing can be written
+            attempts.end(running.work, running.seconds)
 
 
 def _cause(work: Path, code: int, told: list[str]) -> str:
