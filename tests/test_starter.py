@@ -19,7 +19,7 @@ from pipeline.estimate import describe
 from pipeline.plan import make_plan
 from pipeline.spec import json_schema
 from pipeline.spec_reader import load_spec
-from pipeline.starter import choices, heldout, write_starter
+from pipeline.starter import choices, heldout, publish, write_starter
 from pipeline.starter.base import Base, _by_name
 from pipeline.starter.columns import read_columns
 from pipeline.starter.machine import Machine
@@ -201,6 +201,20 @@ def test_columns_that_are_given(tmp_path: Path) -> None:
         read_columns("faq.jsonl", [{"Frage": "a", "Antwort": "b"}], {"prompt": "nothing"})
 
 
+def test_labelled_preferences_are_held_out_beside_conversations(tmp_path: Path) -> None:
+    data, labelled = jsonl(tmp_path / "chats.jsonl", ROWS["messages"][0]), jsonl(tmp_path / "kto.jsonl", ROWS["kto"][0])
+    write_starter(tmp_path / "spec.yaml", "tiny", [data], [labelled], {})
+    stages = load_spec(tmp_path / "spec.yaml").stages
+    assert [stages[name].data[0].eval for name in ("sft", "kto")] == [0.1, 0.1]
+    assert [source.path for source in stages["eval"].data] == [
+        str(tmp_path / f"spec-eval{n}.jsonl") for n in ("", "-wanted")
+    ]
+    wanted = [json.loads(line)["messages"] for line in (tmp_path / "spec-eval-wanted.jsonl").read_text().splitlines()]
+    (source,) = stages["kto"].data
+    records = [normalise(row, "kto") for row in ROWS["kto"][0]]
+    assert wanted == [[*r.prompt, r.completion] for r in records if r.label and draw(r, source, 0)[1]]  # type: ignore[union-attr]
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -230,6 +244,12 @@ def test_data_that_cannot_be_used_is_told_and_nothing_is_written(
         write_starter(tmp_path / "spec.yaml", "tiny", [str(tmp_path / name)], [], {})
     assert says in str(error.value) and error.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_spec_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        publish(tmp_path / "spec.yaml", "name: \udce9")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_there_stay_as_they_are(tmp_path: Path) -> None:

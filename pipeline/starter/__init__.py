@@ -95,7 +95,7 @@ def _may_write(out: Path) -> None:
         raise SpecError([Problem("", f"--out {out}: there is no folder {out.parent}")])
 
 
-HELD_OUT = {"conversation": "eval.jsonl", "preference": "eval-pairs.jsonl"}
+HELD_OUT = {"sft": "eval.jsonl", "dpo": "eval-pairs.jsonl", "kto": "eval-wanted.jsonl"}  # of a stage's data
 
 
 def _checked(seen: Seen, asked: str) -> Seen:
@@ -244,19 +244,18 @@ def _hold_out(parts: Sequence[Part], out: Path) -> tuple[list[Part], dict[str, s
         if part.says:  # its data is that of the stage after it
             done.append(part)
             continue
-        pairs = part.kind == "dpo"
-        path = out.with_name(f"{out.stem}-{HELD_OUT['preference' if pairs else 'conversation']}")
+        path = out.with_name(f"{out.stem}-{HELD_OUT[part.kind]}")
         records = []
         if part.share is not None:
             records = [r for each in part.seen for r in heldout.held_out(each, part.share.value, SEED)][: heldout.MOST]
-        count = heldout.write(path, records) if records and path.name not in evaluated else 0
+        count = heldout.write(path, records)
         if count:
             what = f"{count:,} of the rows that `eval` holds out, with seed 0: raise `eval`, never lower it"
             evaluated[path.name] = what + ("; " + ALREADY_SEEN) * any(p.says for p in parts)
         else:
             part = replace(part, share=None)
             records = [record for each in part.seen for record in each.records][: heldout.MOST]
-            if path.name not in evaluated and heldout.write(path, records):
+            if heldout.write(path, records):
                 evaluated[path.name] = (
                     "too few rows to hold any out: these are trained on, so this says what was learned by heart"
                 )
@@ -325,8 +324,8 @@ def publish(out: Path, text: str) -> str:
     """The spec under its name, once it has been read and found to be one; and the schema for editors beside it. The name of
     that."""
     temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
     try:
+        temporary.write_text(text, encoding="utf-8")
         load_spec(temporary)
         temporary.replace(out)
     finally:
