@@ -45,7 +45,7 @@ def write_starter(
     Args:
         out: the spec; the other files lie beside it.
         model: a folder, a hub id, or `tiny`.
-        columns: of `data`, new name -> the file's own.
+        columns: a file's own name -> what the column is, of each file that has it.
 
     Returns:
         What was found and written, in lines.
@@ -55,8 +55,8 @@ def write_starter(
         DataError: the model or the data cannot be used.
     """
     _may_write(out)
-    seen = [_checked(see(path, columns), "data") for path in data]
-    seen += [_checked(see(path, {}), "preference") for path in preference]
+    seen = see([*data, *preference], columns)
+    seen = [_checked(each, "data" if i < len(data) else "preference") for i, each in enumerate(seen)]
     base = _base(model, seen)
     parts, history, base = _parts(seen, base, out)
     machine = look_round()
@@ -293,7 +293,7 @@ def _command(model: str, data: Sequence[str], preference: Sequence[str], columns
     parts += ["--model", model] if model != TINY else []
     parts += [word for path in data for word in ("--data", path)]
     parts += [word for path in preference for word in ("--preference", path)]
-    parts += [word for new, old in columns.items() for word in ("--columns", f"{new}={old}")]
+    parts += [word for old, new in columns.items() for word in ("--columns", f"{new}={old}")]
     return shlex.join(parts)
 
 
