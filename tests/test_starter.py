@@ -28,7 +28,7 @@ from pipeline.starter.machine import Machine
 from pipeline.starter.page import scalar
 from pipeline.starter.seen import Measured, see
 from stages.data.mixing import draw
-from stages.data.records import normalise
+from stages.data.records import Conversation, Labelled, normalise
 from stages.data.source import DataSource, read_file, shaped
 from stages.errors import DataError, RaylignError, SpecError
 
@@ -169,6 +169,9 @@ def test_a_held_out_answer_is_expected_where_it_is_short() -> None:
         ({"review": "a"}, "text", {"text": "review"}),
         ({"chat": [turn("user", "a")]}, "messages", {"messages": "chat"}),
         ({"question": "a", "chosen": "b", "rejected": "c"}, "preference", {"prompt": "question"}),
+        ({"question": "a", "answer": "b", "source": "c"}, "prompt_completion", {"prompt": "question", "completion": "answer"}),
+        ({"source": "a", "target": "b"}, "prompt_completion", {"prompt": "source", "completion": "target"}),
+        ({"input": "a", "context": "c", "output": "b"}, "alpaca", {"instruction": "input", "input": "context"}),
         ({"prompt": "a", "completion": "b", "system_prompt": "c"}, "prompt_completion", {"system": "system_prompt"}),
     ],
 )  # fmt: skip
@@ -181,6 +184,7 @@ def test_columns_by_other_names(row: dict[str, Any], format: str, columns: dict[
     ("row", "says"),
     [
         ({"question": "a", "query": "b", "answer": "c"}, "question and query could both be the prompt"),
+        ({"context": "a", "text": "b", "summary": "c"}, "context and text could both be the prompt"),
         ({"Frage": "a", "Antwort": "b"}, "--columns prompt=Frage --columns completion=Antwort"),
         ({"prompt": "a", "completion": "b", "label": "true"}, "as text (true)"),
         ({"question": "a", "answer": "b", "liked": "no"}, "as text (no)"),
@@ -204,13 +208,32 @@ def test_columns_that_are_given(tmp_path: Path) -> None:
         see([data], {"Frage": "prompt", "Antwort": "prompt"})
 
 
+@pytest.mark.parametrize(
+    ("row", "given", "format", "columns"),
+    [
+        # what is said goes before what names let guess, and the other columns are still known by their names
+        ({"question": "a", "query": "b", "answer": "c"}, {"prompt": "query"}, "prompt_completion", {"prompt": "query", "completion": "answer"}),
+        ({"Q": "a", "answer": "b"}, {"question": "Q"}, "prompt_completion", {"prompt": "Q", "completion": "answer"}),
+        ({"ticket": "a", "better": "b", "worse": "c"}, {"prompt": "ticket"}, "preference", {"prompt": "ticket", "chosen": "better", "rejected": "worse"}),
+        ({"q": "a", "answer": "b", "win": "c", "lose": "d"}, {"prompt": "q", "completion": "answer"}, "prompt_completion", {"prompt": "q", "completion": "answer"}),
+        ({"question": "a", "source": "b", "answer": "c"}, {"instruction": "question", "input": "source", "output": "answer"}, "alpaca", {"instruction": "question", "input": "source", "output": "answer"}),
+        ({"prompt": "a", "completion": "b", "good": True}, {"other": "good"}, "prompt_completion", {"other": "good"}),
+    ],
+)  # fmt: skip
+def test_given_columns_and_those_that_are_known(
+    row: dict[str, Any], given: dict[str, str], format: str, columns: dict[str, str]
+) -> None:
+    reading = read_columns("data.csv", [row], given)
+    assert (reading.format, reading.columns) == (format, columns)
+
+
 def test_given_columns_are_those_of_each_file_that_has_them(tmp_path: Path) -> None:
     """Whichever of several files an error is about, doing what it says helps."""
     faq = jsonl(tmp_path / "faq.jsonl", [{"Frage": q, "Antwort": a} for q, a in ASKED])
     more = jsonl(tmp_path / "more.jsonl", [{"Anliegen": q, "Antwort": a} for q, a in ASKED])
     pairs = jsonl(tmp_path / "pairs.jsonl", [{"ticket": q, "chosen": a, "rejected": "No."} for q, a in ASKED])
     named = {"Frage": "prompt", "Antwort": "completion", "Anliegen": "prompt"}
-    with pytest.raises(DataError, match=r"pairs.jsonl: .*; say which: --columns prompt=COLUMN"):
+    with pytest.raises(DataError, match=r"pairs.jsonl: .*; say which: --columns prompt=COLUMN$"):
         write_starter(tmp_path / "spec.yaml", "tiny", [faq, more], [pairs], named)
     write_starter(tmp_path / "spec.yaml", "tiny", [faq, more], [pairs], named | {"ticket": "prompt"})
     assert planned(tmp_path / "spec.yaml")["dpo"]["rows"] == 54
@@ -222,6 +245,69 @@ def test_given_columns_are_those_of_each_file_that_has_them(tmp_path: Path) -> N
     ]
     with pytest.raises(DataError, match=r"names Fragen, but rows have Frage, Antwort \(.*\); ticket, chosen, rejected"):
         see([faq, pairs], {"Fragen": "prompt"})
+
+
+# ------------------------------------------------------------------------------------------------ labels, numbers
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "a", "completion": "b", "thumbs_up": 0}, {"label": "thumbs_up"}),
+        ({"question": "a", "answer": "b", "liked": True}, {"prompt": "question", "completion": "answer", "label": "liked"}),
+        ({"messages": [turn("user", "a"), turn("assistant", "b")], "thumbs_up": 1}, {"label": "thumbs_up"}),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "good": 1}, {"label": "good"}),
+        ({"instruction": "a", "output": "b", "label": 0}, {"prompt": "instruction", "completion": "output"}),
+        ({"dialog": [turn("user", "a"), turn("assistant", "b")], "liked": 0}, {"messages": "dialog", "label": "liked"}),
+    ],
+)  # fmt: skip
+def test_answers_with_a_label_are_for_kto(row: dict[str, Any], columns: dict[str, str]) -> None:
+    """SFT would learn those that are not wanted too."""
+    reading = read_columns("data.jsonl", [row], {})
+    assert (reading.format, reading.columns) == ("kto", columns)
+    record = normalise(shaped(row, DataSource(path="x", columns=columns, format="kto")), "kto")
+    assert isinstance(record, Labelled) and record.completion["content"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": "a", "context": "c", "answer": "b", "liked": 1}, "the column liked says whether"),
+        ({"instruction": "a", "input": "c", "output": "b", "label": False}, "Make one column of all that is asked"),
+        (
+            {"text": "\n\nHuman: a\n\nAssistant: b", "liked": 0},
+            "(transcript) wanted and unwanted answers would be trained",
+        ),
+        ({"messages": [turn("user", "a"), turn("assistant", "b")], "label": "false"}, "as text (false)"),
+        ({"question": "a", "context": "c", "answer": "b", "liked": "no"}, "as text (no)"),
+        ({"instruction": "a", "output": "b", "thumbs_up": 1.0}, "as numbers (1.0)"),
+        ({"prompt": "a", "completion": "b", "thumbs": -1}, "as numbers (-1)"),
+        ({"prompt": "a", "completion": "b", "good": "yes"}, "if it says something else: --columns other=good"),
+    ],
+)
+def test_labels_that_no_stage_reads_are_told(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError) as error:
+        read_columns("data.jsonl", [row], {})
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "content"),
+    [
+        ({"Question Text": "2+2", "answer": 4}, ["2+2", "4"]),
+        ({"question-text": "2+2", "answer": 4.5, "system-prompt": "Add."}, ["Add.", "2+2", "4.5"]),
+        ({"question": "2+2", "answer": 4, "system_prompt": None}, ["2+2", "4"]),
+        ({"prompt": 4, "completion": 5, "system": "Next."}, ["Next.", "4", "5"]),
+        ({"instruction": "Double it.", "input": 2, "output": 4}, ["Double it.\n2", "4"]),
+        ({"question": "Add.", "context": "", "answer": 4}, ["Add.", "4"]),
+    ],
+)
+def test_numbers_become_text(tmp_path: Path, row: dict[str, Any], content: list[str]) -> None:
+    data, out = jsonl(tmp_path / "sums.jsonl", [row] * 3), tmp_path / "spec.yaml"
+    write_starter(out, "tiny", [data], [], {})
+    (source,) = load_spec(out).stages["sft"].data
+    record = normalise(shaped(row, source), "messages")
+    assert isinstance(record, Conversation) and [m["content"] for m in record.messages] == content
 
 
 def test_labelled_preferences_are_held_out_beside_conversations(tmp_path: Path) -> None:
