@@ -192,7 +192,9 @@ def init(
     columns: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NEW=OLD", help="What a column of the data is: prompt=question. May be given several times."
+            metavar="NEW=OLD",
+            help="What a column is, in each file that has it, of --data and --preference: prompt=question. May be given "
+            "several times.",
         ),
     ] = None,
     convert: Annotated[
@@ -222,7 +224,10 @@ def init(
             raise typer.BadParameter(
                 f"{wrong}: write it as NEW=OLD, for example prompt=question", param_hint="--columns"
             )
-        lines = write_starter(out, model, data or [], preference or [], {new: old for new, _, old in pairs})
+        named = {old: new for new, _, old in pairs}
+        if twice := next((old for new, _, old in pairs if named[old] != new), None):
+            raise typer.BadParameter(f"{twice} is given two names", param_hint="--columns")
+        lines = write_starter(out, model, data or [], preference or [], named)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from pipeline.estimate import describe
 from pipeline.plan import make_plan
 from pipeline.spec import json_schema
 from pipeline.spec_reader import load_spec
-from pipeline.starter import choices, heldout, write_starter
+from pipeline.starter import choices, heldout, publish, write_starter
 from pipeline.starter.base import Base, _by_name
 from pipeline.starter.columns import read_columns
 from pipeline.starter.machine import Machine
 from pipeline.starter.page import scalar
 from pipeline.starter.seen import Measured, see
 from stages.data.mixing import draw
-from stages.data.records import normalise
+from stages.data.records import Conversation, Labelled, normalise
 from stages.data.source import DataSource, read_file, shaped
 from stages.errors import DataError, RaylignError, SpecError
 
@@ -139,7 +141,7 @@ def test_what_is_held_out_is_what_training_leaves_out(tmp_path: Path) -> None:
     write_starter(tmp_path / "spec.yaml", "tiny", [data], [], {})
     (source,) = load_spec(tmp_path / "spec.yaml").stages["sft"].data
     kept = [json.loads(line)["messages"] for line in (tmp_path / "spec-eval.jsonl").read_text().splitlines()]
-    seen = see(data, {})
+    (seen,) = see([data], {})
     left = [r for _, _, row in seen.sample if draw(r := normalise(shaped(dict(row), source), "messages"), source, 0)[1]]
     assert kept == [record.messages for record in left] and 0 < len(kept) < 20
 
@@ -167,6 +169,9 @@ def test_a_held_out_answer_is_expected_where_it_is_short() -> None:
         ({"review": "a"}, "text", {"text": "review"}),
         ({"chat": [turn("user", "a")]}, "messages", {"messages": "chat"}),
         ({"question": "a", "chosen": "b", "rejected": "c"}, "preference", {"prompt": "question"}),
+        ({"question": "a", "answer": "b", "source": "c"}, "prompt_completion", {"prompt": "question", "completion": "answer"}),
+        ({"source": "a", "target": "b"}, "prompt_completion", {"prompt": "source", "completion": "target"}),
+        ({"input": "a", "context": "c", "output": "b"}, "alpaca", {"instruction": "input", "input": "context"}),
         ({"prompt": "a", "completion": "b", "system_prompt": "c"}, "prompt_completion", {"system": "system_prompt"}),
     ],
 )  # fmt: skip
@@ -179,8 +184,8 @@ def test_columns_by_other_names(row: dict[str, Any], format: str, columns: dict[
     ("row", "says"),
     [
         ({"question": "a", "query": "b", "answer": "c"}, "question and query could both be the prompt"),
+        ({"context": "a", "text": "b", "summary": "c"}, "context and text could both be the prompt"),
         ({"Frage": "a", "Antwort": "b"}, "--columns prompt=Frage --columns completion=Antwort"),
-        ({"question;answer": "a;b"}, "separated by semicolons"),
         ({"prompt": "a", "completion": "b", "label": "true"}, "as text (true)"),
         ({"question": "a", "answer": "b", "liked": "no"}, "as text (no)"),
         ({"chosen": "a", "rejected": "b", "id": "c"}, "no column with what was asked"),
@@ -195,10 +200,128 @@ def test_columns_that_could_be_anything_are_asked_about(row: dict[str, Any], say
 
 def test_columns_that_are_given(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "faq.jsonl", [{"Frage": q, "Antwort": a} for q, a in ASKED])
-    write_starter(tmp_path / "spec.yaml", "tiny", [data], [], {"prompt": "Frage", "completion": "Antwort"})
-    assert "init --data" in (tmp_path / "spec.yaml").read_text() and planned(tmp_path / "spec.yaml")["sft"]["fits"]
+    write_starter(tmp_path / "spec.yaml", "tiny", [data], [], {"Frage": "prompt", "Antwort": "completion"})
+    assert "prompt=Frage" in (tmp_path / "spec.yaml").read_text() and planned(tmp_path / "spec.yaml")["sft"]["fits"]
     with pytest.raises(DataError, match="but rows have Frage, Antwort"):
-        read_columns("faq.jsonl", [{"Frage": "a", "Antwort": "b"}], {"prompt": "nothing"})
+        see([data], {"nothing": "prompt"})
+    with pytest.raises(DataError, match="it has both Frage and Antwort"):
+        see([data], {"Frage": "prompt", "Antwort": "prompt"})
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "format", "columns"),
+    [
+        # what is said goes before what names let guess, and the other columns are still known by their names
+        ({"question": "a", "query": "b", "answer": "c"}, {"prompt": "query"}, "prompt_completion", {"prompt": "query", "completion": "answer"}),
+        ({"Q": "a", "answer": "b"}, {"question": "Q"}, "prompt_completion", {"prompt": "Q", "completion": "answer"}),
+        ({"ticket": "a", "better": "b", "worse": "c"}, {"prompt": "ticket"}, "preference", {"prompt": "ticket", "chosen": "better", "rejected": "worse"}),
+        ({"q": "a", "answer": "b", "win": "c", "lose": "d"}, {"prompt": "q", "completion": "answer"}, "prompt_completion", {"prompt": "q", "completion": "answer"}),
+        ({"question": "a", "source": "b", "answer": "c"}, {"instruction": "question", "input": "source", "output": "answer"}, "alpaca", {"instruction": "question", "input": "source", "output": "answer"}),
+        ({"prompt": "a", "completion": "b", "good": True}, {"other": "good"}, "prompt_completion", {"other": "good"}),
+    ],
+)  # fmt: skip
+def test_given_columns_and_those_that_are_known(
+    row: dict[str, Any], given: dict[str, str], format: str, columns: dict[str, str]
+) -> None:
+    reading = read_columns("data.csv", [row], given)
+    assert (reading.format, reading.columns) == (format, columns)
+
+
+def test_given_columns_are_those_of_each_file_that_has_them(tmp_path: Path) -> None:
+    """Whichever of several files an error is about, doing what it says helps."""
+    faq = jsonl(tmp_path / "faq.jsonl", [{"Frage": q, "Antwort": a} for q, a in ASKED])
+    more = jsonl(tmp_path / "more.jsonl", [{"Anliegen": q, "Antwort": a} for q, a in ASKED])
+    pairs = jsonl(tmp_path / "pairs.jsonl", [{"ticket": q, "chosen": a, "rejected": "No."} for q, a in ASKED])
+    named = {"Frage": "prompt", "Antwort": "completion", "Anliegen": "prompt"}
+    with pytest.raises(DataError, match=r"pairs.jsonl: .*; say which: --columns prompt=COLUMN$"):
+        write_starter(tmp_path / "spec.yaml", "tiny", [faq, more], [pairs], named)
+    write_starter(tmp_path / "spec.yaml", "tiny", [faq, more], [pairs], named | {"ticket": "prompt"})
+    assert planned(tmp_path / "spec.yaml")["dpo"]["rows"] == 54
+    stages = load_spec(tmp_path / "spec.yaml").stages
+    assert [source.columns for source in (*stages["sft"].data, *stages["dpo"].data)] == [
+        {"prompt": "Frage", "completion": "Antwort"},
+        {"prompt": "Anliegen", "completion": "Antwort"},
+        {"prompt": "ticket"},
+    ]
+    with pytest.raises(DataError, match=r"names Fragen, but rows have Frage, Antwort \(.*\); ticket, chosen, rejected"):
+        see([faq, pairs], {"Fragen": "prompt"})
+
+
+# ------------------------------------------------------------------------------------------------ labels, numbers
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "a", "completion": "b", "thumbs_up": 0}, {"label": "thumbs_up"}),
+        ({"question": "a", "answer": "b", "liked": True}, {"prompt": "question", "completion": "answer", "label": "liked"}),
+        ({"messages": [turn("user", "a"), turn("assistant", "b")], "thumbs_up": 1}, {"label": "thumbs_up"}),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "good": 1}, {"label": "good"}),
+        ({"instruction": "a", "output": "b", "label": 0}, {"prompt": "instruction", "completion": "output"}),
+        ({"dialog": [turn("user", "a"), turn("assistant", "b")], "liked": 0}, {"messages": "dialog", "label": "liked"}),
+    ],
+)  # fmt: skip
+def test_answers_with_a_label_are_for_kto(row: dict[str, Any], columns: dict[str, str]) -> None:
+    """SFT would learn those that are not wanted too."""
+    reading = read_columns("data.jsonl", [row], {})
+    assert (reading.format, reading.columns) == ("kto", columns)
+    record = normalise(shaped(row, DataSource(path="x", columns=columns, format="kto")), "kto")
+    assert isinstance(record, Labelled) and record.completion["content"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": "a", "context": "c", "answer": "b", "liked": 1}, "the column liked says whether"),
+        ({"instruction": "a", "input": "c", "output": "b", "label": False}, "Make one column of all that is asked"),
+        (
+            {"text": "\n\nHuman: a\n\nAssistant: b", "liked": 0},
+            "(transcript) wanted and unwanted answers would be trained",
+        ),
+        ({"messages": [turn("user", "a"), turn("assistant", "b")], "label": "false"}, "as text (false)"),
+        ({"question": "a", "context": "c", "answer": "b", "liked": "no"}, "as text (no)"),
+        ({"instruction": "a", "output": "b", "thumbs_up": 1.0}, "as numbers (1.0)"),
+        ({"prompt": "a", "completion": "b", "thumbs": -1}, "as numbers (-1)"),
+        ({"prompt": "a", "completion": "b", "good": "yes"}, "if it says something else: --columns other=good"),
+    ],
+)
+def test_labels_that_no_stage_reads_are_told(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError) as error:
+        read_columns("data.jsonl", [row], {})
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "content"),
+    [
+        ({"Question Text": "2+2", "answer": 4}, ["2+2", "4"]),
+        ({"question-text": "2+2", "answer": 4.5, "system-prompt": "Add."}, ["Add.", "2+2", "4.5"]),
+        ({"question": "2+2", "answer": 4, "system_prompt": None}, ["2+2", "4"]),
+        ({"prompt": 4, "completion": 5, "system": "Next."}, ["Next.", "4", "5"]),
+        ({"instruction": "Double it.", "input": 2, "output": 4}, ["Double it.\n2", "4"]),
+        ({"question": "Add.", "context": "", "answer": 4}, ["Add.", "4"]),
+    ],
+)
+def test_numbers_become_text(tmp_path: Path, row: dict[str, Any], content: list[str]) -> None:
+    data, out = jsonl(tmp_path / "sums.jsonl", [row] * 3), tmp_path / "spec.yaml"
+    write_starter(out, "tiny", [data], [], {})
+    (source,) = load_spec(out).stages["sft"].data
+    record = normalise(shaped(row, source), "messages")
+    assert isinstance(record, Conversation) and [m["content"] for m in record.messages] == content
+
+
+def test_labelled_preferences_are_held_out_beside_conversations(tmp_path: Path) -> None:
+    data, labelled = jsonl(tmp_path / "chats.jsonl", ROWS["messages"][0]), jsonl(tmp_path / "kto.jsonl", ROWS["kto"][0])
+    write_starter(tmp_path / "spec.yaml", "tiny", [data], [labelled], {})
+    stages = load_spec(tmp_path / "spec.yaml").stages
+    assert [stages[name].data[0].eval for name in ("sft", "kto")] == [0.1, 0.1]
+    assert [source.path for source in stages["eval"].data] == [
+        str(tmp_path / f"spec-eval{n}.jsonl") for n in ("", "-wanted")
+    ]
+    wanted = [json.loads(line)["messages"] for line in (tmp_path / "spec-eval-wanted.jsonl").read_text().splitlines()]
+    (source,) = stages["kto"].data
+    records = [normalise(row, "kto") for row in ROWS["kto"][0]]
+    assert wanted == [[*r.prompt, r.completion] for r in records if r.label and draw(r, source, 0)[1]]  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -214,9 +337,22 @@ def test_columns_that_are_given(tmp_path: Path) -> None:
         ("broken.parquet", b"nope", "no row can be read: damaged_file"),
         ("broken.csv.gz", b"nope", "no row can be read: truncated_file"),
         ("latin.csv", "question,answer\nWas?,Über\n".encode("cp1252"), "it is not UTF-8"),
+        ("latin.csv", "question,answer\nWas?,Über\nWann?,Jetzt\n".encode("cp1252"), "iconv -f cp1252 -t utf-8"),
+        ("latin.csv.gz", gzip.compress("question,answer\nWas?,Über\n".encode("cp1252")), "gunzip -c"),
+        ("header.csv", "question,answer,geprüft\na,b,c\n".encode("cp1252"), "it is not UTF-8"),
+        (
+            "latin.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "Über", "completion": "b"}\n'.encode("cp1252"),
+            "it is not UTF-8",
+        ),
+        ("wide.csv", "question,answer\na,b\n".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("half.jsonl", rb'{"prompt": "a", "completion": "b", "\ud83d": 1}', "a spec cannot name it"),
         ("notes.txt", b"hello", "one for each paragraph is made by"),
-        ("tabs.tsv", b"a\tb\n", "write commas"),
+        ("tabs.tsv", b"a\tb\n", "separated by tabs"),
         ("semi.csv", b"question;answer\na;b\n", "separated by semicolons"),
+        ("commas.csv", b"question;answer\na, b;c, d\n", "separated by semicolons"),
+        ("quoted.csv", b'\xef\xbb\xbf"question, short";"answer"\r\n"a";"b"\r\n', "separated by semicolons"),
+        ("tabs.csv", b"question\tanswer\na\tb\n", "separated by tabs"),
         ("prompts.jsonl", b'{"prompt": "a"}\n', "prompts without answers"),
         ("blank.jsonl", b'{"prompt": "a", "completion": " "}\n', "none of the 1 rows"),
         ("${HOME}.jsonl", b'{"prompt": "a", "completion": "b"}\n', "a spec reads ${...} as a variable"),
@@ -230,6 +366,52 @@ def test_data_that_cannot_be_used_is_told_and_nothing_is_written(
         write_starter(tmp_path / "spec.yaml", "tiny", [str(tmp_path / name)], [], {})
     assert says in str(error.value) and error.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_commands_that_are_told_make_what_is_read(tmp_path: Path) -> None:
+    """Of a table as Excel writes it in Germany: first the encoding is told, then the separator."""
+    rows = [{"question": f'{q}; "so, und so"\nja', "answer": "für 3 €"} for q in "ab"]
+    lines = [
+        '"question";"answer"',
+        *('"' + '";"'.join(v.replace('"', '""') for v in row.values()) + '"' for row in rows),
+    ]
+    (tmp_path / "it's.csv").write_bytes("\r\n".join([*lines, ""]).encode("cp1252"))
+    (tmp_path / "bom.csv.gz").write_bytes(gzip.compress("\r\n".join([*lines, ""]).encode("utf-8-sig")))
+    for name, others in (("it's.csv", ["utf8-it's.csv", "commas.csv"]), ("bom.csv.gz", ["commas.csv"])):
+        for made in others:
+            with pytest.raises(DataError) as error:
+                see([str(tmp_path / name)], {})
+            said = str(error.value)
+            command = said[said.index("iconv" if "iconv" in said else "python -c") :].replace(
+                "python -c", f"{sys.executable} -c"
+            )
+            subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+            name = made
+        (seen,) = see([str(tmp_path / "commas.csv")], {})
+        assert [row for _, _, row in seen.sample] == rows
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["question,answer", *(f"für {i},é" for i in range(9)), "\udce9,x"],  # one byte that went wrong
+        ['question,"answer (short; clear; polite)"', "a,b"],
+        ['"question","answer"', '"a;b;c","d"'],
+    ],
+)
+def test_tables_that_only_look_like_others(tmp_path: Path, lines: list[str]) -> None:
+    (tmp_path / "faq.csv").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    (seen,) = see(
+        [str(tmp_path / "faq.csv")],
+        {"question": "prompt", "answer (short; clear; polite)": "completion"} if "short" in lines[0] else {},
+    )
+    assert len(seen.records) == sum("\udce9" not in line for line in lines) - 1
+
+
+def test_a_spec_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        publish(tmp_path / "spec.yaml", "name: \udce9")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
@@ -348,7 +530,7 @@ def test_values_are_read_back_as_they_were(value: Any) -> None:
 
 def test_the_rows_of_a_source_are_counted(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "chats.jsonl", ROWS["messages"][0])
-    seen = see(data, {})
+    (seen,) = see([data], {})
     assert seen.rows == 60 and seen.exact and seen.whole
     assert len(list(read_file(seen.files[0]))) == 60 and seen.source == DataSource(path=data, format="messages")
 

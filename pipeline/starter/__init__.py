@@ -45,7 +45,7 @@ def write_starter(
     Args:
         out: the spec; the other files lie beside it.
         model: a folder, a hub id, or `tiny`.
-        columns: of `data`, new name -> the file's own.
+        columns: a file's own name -> what the column is, of each file that has it.
 
     Returns:
         What was found and written, in lines.
@@ -55,8 +55,8 @@ def write_starter(
         DataError: the model or the data cannot be used.
     """
     _may_write(out)
-    seen = [_checked(see(path, columns), "data") for path in data]
-    seen += [_checked(see(path, {}), "preference") for path in preference]
+    seen = see([*data, *preference], columns)
+    seen = [_checked(each, "data" if i < len(data) else "preference") for i, each in enumerate(seen)]
     base = _base(model, seen)
     parts, history, base = _parts(seen, base, out)
     machine = look_round()
@@ -95,7 +95,7 @@ def _may_write(out: Path) -> None:
         raise SpecError([Problem("", f"--out {out}: there is no folder {out.parent}")])
 
 
-HELD_OUT = {"conversation": "eval.jsonl", "preference": "eval-pairs.jsonl"}
+HELD_OUT = {"sft": "eval.jsonl", "dpo": "eval-pairs.jsonl", "kto": "eval-wanted.jsonl"}  # of a stage's data
 
 
 def _checked(seen: Seen, asked: str) -> Seen:
@@ -244,19 +244,18 @@ def _hold_out(parts: Sequence[Part], out: Path) -> tuple[list[Part], dict[str, s
         if part.says:  # its data is that of the stage after it
             done.append(part)
             continue
-        pairs = part.kind == "dpo"
-        path = out.with_name(f"{out.stem}-{HELD_OUT['preference' if pairs else 'conversation']}")
+        path = out.with_name(f"{out.stem}-{HELD_OUT[part.kind]}")
         records = []
         if part.share is not None:
             records = [r for each in part.seen for r in heldout.held_out(each, part.share.value, SEED)][: heldout.MOST]
-        count = heldout.write(path, records) if records and path.name not in evaluated else 0
+        count = heldout.write(path, records)
         if count:
             what = f"{count:,} of the rows that `eval` holds out, with seed 0: raise `eval`, never lower it"
             evaluated[path.name] = what + ("; " + ALREADY_SEEN) * any(p.says for p in parts)
         else:
             part = replace(part, share=None)
             records = [record for each in part.seen for record in each.records][: heldout.MOST]
-            if path.name not in evaluated and heldout.write(path, records):
+            if heldout.write(path, records):
                 evaluated[path.name] = (
                     "too few rows to hold any out: these are trained on, so this says what was learned by heart"
                 )
@@ -294,7 +293,7 @@ def _command(model: str, data: Sequence[str], preference: Sequence[str], columns
     parts += ["--model", model] if model != TINY else []
     parts += [word for path in data for word in ("--data", path)]
     parts += [word for path in preference for word in ("--preference", path)]
-    parts += [word for new, old in columns.items() for word in ("--columns", f"{new}={old}")]
+    parts += [word for old, new in columns.items() for word in ("--columns", f"{new}={old}")]
     return shlex.join(parts)
 
 
@@ -325,8 +324,8 @@ def publish(out: Path, text: str) -> str:
     """The spec under its name, once it has been read and found to be one; and the schema for editors beside it. The name of
     that."""
     temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
     try:
+        temporary.write_text(text, encoding="utf-8")
         load_spec(temporary)
         temporary.replace(out)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stages.data.records import detect_format, rename
@@ -20,18 +20,18 @@ ANSWERED = (
     "completion", "answer", "response", "output", "reply", "assistant", "target", "solution", "summary", "translation",
     "bot", "gpt", "assistantmessage", "answertext", "expectedoutput",
 )  # fmt: skip
-CONTEXT = ("context", "passage", "document", "article", "background", "input", "source")
-SYSTEM = ("systemprompt", "systemmessage", "sys")
+CONTEXT = ("input", "context", "passage", "background")  # what a question is about
+SUBJECT = ("document", "article", "source", "text")  # asked by itself; beside a question mostly where it came from
+SYSTEM = ("system", "systemprompt", "systemmessage", "sys")
 CHOSEN = ("chosen", "preferred", "accepted", "better", "winner", "responsechosen", "chosenresponse", "positive", "win")
 REJECTED = (
     "rejected", "dispreferred", "notpreferred", "worse", "loser", "responserejected", "rejectedresponse", "negative",
     "lose",
 )  # fmt: skip
 LABEL = ("label", "thumbsup", "thumbs", "liked", "like", "isgood", "good", "desirable", "wanted", "kto", "ktotag")
-TRUTHS = ("true", "false", "0", "1", "yes", "no", "good", "bad", "up", "down")
+TRUTHS = ("true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "up", "down")
 # Formats that a row has whatever its other columns are called; `text` and `prompt` are guesses.
 SURE = ("messages", "sharegpt", "alpaca", "prompt_completion", "tokens", "transcript", "preference", "kto")
-HOW = "say which with --columns, new name first: --columns prompt={0} --columns completion={1}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,46 @@ class Reading:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Table:
+    """Some rows of a file, with its columns named as the user said; what is said of them has the file's own names."""
+
+    where: str  # for messages
+    rows: Sequence[Mapping[str, Any]]
+    names: list[str]
+    given: Mapping[str, str]  # new name -> the file's own
+
+    def own(self, name: str) -> str:
+        return self.given.get(name, name)
+
+    def listed(self, names: Sequence[str]) -> str:
+        return ", ".join(map(self.own, names))
+
+    def option(self, **columns: str) -> str:
+        return " ".join(f"--columns {new}={shlex.quote(self.own(name))}" for new, name in columns.items())
+
+    def find(self, known: tuple[str, ...], among: Sequence[str]) -> str | None:
+        """The column that has one of the known names, of which the first is its own.
+
+        Raises:
+            DataError: there are several.
+        """
+        found = [name for name in among if _bare(name) in known]
+        if len(found) > 1:
+            exact = [name for name in found if _bare(name) == known[0]]
+            if len(exact) == 1:
+                return exact[0]
+            raise DataError(
+                f"{self.where}: {' and '.join(map(self.own, found))} could {'both' if len(found) == 2 else 'all'} be the "
+                f"{known[0]}; say which: {self.option(**{known[0]: found[0]})}"
+            )
+        return found[0] if found else None
+
+    def system(self, columns: Mapping[str, str]) -> dict[str, str]:
+        found = self.find(SYSTEM, [n for n in self.names if n not in columns.values()])
+        return {"system": found} if found else {}
+
+
 def read_columns(where: str, rows: Sequence[Mapping[str, Any]], given: Mapping[str, str]) -> Reading:
     """How the rows of a file are to be read, from a few of them.
 
@@ -54,183 +94,201 @@ def read_columns(where: str, rows: Sequence[Mapping[str, Any]], given: Mapping[s
     Raises:
         DataError: they are of no format, or it could be one of several.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if given:
-        return _as_given(where, rows, names, given)
-    _one_column(where, names)
+    rows = [rename(dict(row), dict(given)) for row in rows]
+    table = Table(where, rows, list(dict.fromkeys(name for row in rows for name in row)), given)
+    reading = _numbers(table, _not_used(table, _labelled(table, _formatted(table))))
+    columns = {new: table.own(name) for new, name in reading.columns.items()}
+    columns |= {new: old for new, old in given.items() if new not in reading.columns.values()}
+    return replace(reading, columns=_whole(columns))
+
+
+def _formatted(table: Table) -> Reading:
     # what most rows are: one odd row first does not decide
-    formats = [detect_format(dict(row)) for row in rows]
+    formats = [detect_format(dict(row)) for row in table.rows]
     format = max(dict.fromkeys(formats), key=formats.count)
-    chosen, rejected = _find(where, names, CHOSEN), _find(where, names, REJECTED)
-    if chosen and rejected:
-        return _pairs(where, rows, names, chosen, rejected)
-    if format == "prompt_completion" and (truth := _in_words(rows, "label")):
-        raise DataError(_label_says(where, "label", truth))
+    chosen, rejected = table.find(CHOSEN, table.names), table.find(REJECTED, table.names)
+    said = bool(table.given) and format in SURE and format != "preference"  # more than what names let guess
+    if chosen and rejected and not said:
+        return _pairs(table, chosen, rejected)
     if format in SURE:
-        system = _system(where, names, {})
-        return Reading(str(format), _whole(names, system) if system else {})
-    return _answers(where, rows, names, format)
+        return Reading(str(format), table.system({}))
+    return _answers(table, format)
 
 
-def _answers(where: str, rows: Sequence[Mapping[str, Any]], names: list[str], format: str | None) -> Reading:
+def _answers(table: Table, format: str | None) -> Reading:
     """Of tables whose columns have names of their own."""
-    if chat := _chat_column(rows, names):
+    if chat := _chat_column(table):
         return Reading(*chat)
-    answered = _find(where, names, ANSWERED)
-    context = next((n for n in names if _bare(n) in CONTEXT and n != answered), None)
-    asked = _find(where, [n for n in names if n not in (answered, context)], ASKED)
-    if asked is None and context is not None and _bare(context) in ASKED:  # `input` alone is a question
-        asked, context = context, None
+    answered = table.find(ANSWERED, table.names)
+    others = [n for n in table.names if n != answered]
+    asked = table.find(ASKED, [n for n in others if _bare(n) != "input"]) or table.find(("input",), others)
+    context: str | None = None
     notes: tuple[str, ...] = ()
-    if asked is None and answered is not None:
-        asked = context or next((n for n in names if _bare(n) == "text"), None)
-        context = None
-        if asked is not None:
-            notes = (f"{asked} is taken as what is asked and {answered} as the answer",)
+    if asked is not None:
+        context = next((n for known in CONTEXT for n in others if _bare(n) == known and n != asked), None)
+    elif answered is not None and (asked := table.find(("prompt", *CONTEXT, *SUBJECT), others)):
+        notes = (f"{table.own(asked)} is taken as what is asked and {table.own(answered)} as the answer",)
     if asked is None or answered is None:
-        return _plain(where, rows, names, format, asked or answered)
-    columns = (
-        {"instruction": asked, "input": context, "output": answered}
-        if context is not None
-        else {"prompt": asked, "completion": answered}
-    )
-    columns |= _system(where, names, columns)
-    label = next((n for n in names if _bare(n) in LABEL and n not in columns.values()), None)
-    if label is not None and context is None:
-        values = [row[label] for row in rows if row.get(label) is not None]
-        if values and all(isinstance(v, bool | int) and v in (0, 1) for v in values):
-            return Reading("kto", _whole(names, columns | {"label": label}))
-        if truth := _in_words(rows, label):
-            raise DataError(_label_says(where, label, truth))
-    if any(isinstance(row.get(n), int | float) for row in rows for n in (asked, answered)):  # numbers become text
-        content = "{{ %s }}" % asked if context is None else "{{ %s }}\n{{ %s }}" % (asked, context)  # noqa: UP031
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "{{ %s }}" % answered}]  # noqa: UP031
-        return Reading("messages", {}, turns, (*notes, "numbers are written out as text"))
-    return Reading("alpaca" if context else "prompt_completion", _whole(names, columns), None, notes)
+        return _plain(table, format, asked or answered)
+    columns = {"prompt": asked, "completion": answered}
+    if context is not None:
+        columns = {"instruction": asked, "input": context, "output": answered}
+    columns |= table.system(columns)
+    return Reading("alpaca" if context else "prompt_completion", columns, None, notes)
 
 
-def _as_given(where: str, rows: Sequence[Mapping[str, Any]], names: list[str], given: Mapping[str, str]) -> Reading:
-    absent = [old for old in given.values() if old not in names]
-    if absent:
-        raise DataError(f"{where}: --columns names {', '.join(absent)}, but rows have {', '.join(names)}")
-    formats = [detect_format(rename(dict(row), dict(given))) for row in rows]
-    format = max(dict.fromkeys(formats), key=formats.count)
-    if format is None:
-        renamed = ", ".join(rename(dict.fromkeys(names), dict(given)))
-        raise DataError(f"{where}: with --columns the rows have {renamed}, which is no known format; {_formats()}")
-    return Reading(format, dict(given))
-
-
-def _pairs(where: str, rows: Sequence[Mapping[str, Any]], names: list[str], chosen: str, rejected: str) -> Reading:
+def _pairs(table: Table, chosen: str, rejected: str) -> Reading:
     columns = {"chosen": chosen, "rejected": rejected}
-    whole = not isinstance(rows[0].get(chosen), str) or str(rows[0][chosen]).startswith("\n\nHuman:")
-    if not {"prompt", "messages", "conversations"} & set(names) and not whole:
-        asked = _find(where, [n for n in names if n not in columns.values()], ASKED)
+    first = table.rows[0].get(chosen)
+    whole = not isinstance(first, str) or first.startswith("\n\nHuman:")
+    if not {"prompt", "messages", "conversations"} & set(table.names) and not whole:
+        asked = table.find(ASKED, [n for n in table.names if n not in columns.values()])
         if asked is None:
             raise DataError(
-                f"{where}: pairs of {chosen} and {rejected}, and no column with what was asked among "
-                f"{', '.join(names)}; say which: --columns prompt=COLUMN --columns chosen={chosen} "
-                f"--columns rejected={rejected}"
+                f"{table.where}: pairs of {table.listed([chosen, rejected])}, and no column with what was asked among "
+                f"{table.listed(table.names)}; say which: --columns prompt=COLUMN"
             )
         columns["prompt"] = asked
-    return Reading("preference", _whole(names, columns | _system(where, names, columns)))
+    return Reading("preference", columns | table.system(columns))
 
 
-def _plain(
-    where: str, rows: Sequence[Mapping[str, Any]], names: list[str], format: str | None, known: str | None
-) -> Reading:
+def _plain(table: Table, format: str | None, known: str | None) -> Reading:
     """Plain text, prompts, or nothing that is known."""
-    texts = [n for n in names if all(isinstance(row.get(n), str) for row in rows)]
+    texts = [n for n in table.names if all(isinstance(row.get(n), str) for row in table.rows)]
     if format == "text" and known is None:
         others = [n for n in texts if n != "text"]
-        note = f"trained as plain text; not used: {', '.join(others)}. For answers: --columns prompt=text "
-        return Reading("text", {}, None, (note + f"--columns completion={others[0]}",) if others else ())
+        if not others:
+            return Reading("text")
+        answers = table.option(prompt="text", completion=others[0])
+        note = f"trained as plain text; not used: {table.listed(others)}. For answers: {answers}"
+        return Reading("text", {}, None, (note,))
     others = [n for n in texts if n != known]
-    if known is None and len(names) == 1 and texts:
-        return Reading("text", _whole(names, {"text": texts[0]}), None, (f"{texts[0]} is trained as plain text",))
+    if known is None and len(table.names) == 1 and texts:
+        return Reading("text", {"text": texts[0]}, None, (f"{table.own(texts[0])} is trained as plain text",))
     if format == "prompt" and not others:
         return Reading("prompt")
-    listed = ", ".join(names)
+    listed = table.listed(table.names)
     if len(others) >= (1 if known else 2):
         asked, answered = (known, others[0]) if known and _bare(known) in ASKED else (others[0], known or others[1])
         raise DataError(
-            f"{where}: the columns are {listed}, and it cannot be told which is asked and which the answer; "
-            + HOW.format(shlex.quote(asked), shlex.quote(answered))
+            f"{table.where}: the columns are {listed}, and it cannot be told which is asked and which the answer; say which "
+            f"with --columns, new name first: {table.option(prompt=asked, completion=answered)}"
         )
-    raise DataError(f"{where}: the columns are {listed}, which is no known format; {_formats()}")
-
-
-def _formats() -> str:
-    return (
-        "wanted are for example prompt and completion, messages, or text (README, `Data`); "
-        "rename columns with --columns NEW=OLD"
+    raise DataError(
+        f"{table.where}: the columns are {listed}, which is no known format; wanted are for example prompt and completion, "
+        "messages, or text (README, `Data`); rename columns with --columns NEW=OLD"
     )
 
 
-def _one_column(where: str, names: list[str]) -> None:
-    """A table whose separator is none that is read."""
-    for mark, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(names) == 1 and mark in names[0] and "," not in names[0]:
-            raise DataError(
-                f"{where}: its columns are separated by {called}, commas are read; write it again with\n"
-                f'  python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={mark!r}))" '
-                f"< {shlex.quote(where)} > commas.csv"
-            )
-
-
-def _in_words(rows: Sequence[Mapping[str, Any]], label: str) -> list[str]:
-    """What a column says where that is true or false in words: a table of text cannot say it otherwise."""
-    values = [row.get(label) for row in rows if row.get(label) is not None]
-    told = all(isinstance(v, str) and v.strip().lower() in TRUTHS for v in values)
-    return list(dict.fromkeys(map(str, values))) if told else []
-
-
-def _label_says(where: str, label: str, values: list[str]) -> str:
-    return (
-        f"{where}: the column {label} seems to say whether an answer is wanted, but as text ({', '.join(values[:3])}), and "
-        "wanted and unwanted answers would be trained alike; store it as true and false, in JSON Lines or Parquet, for a "
-        "KTO stage, or leave the unwanted answers and the column out of the file"
-    )
-
-
-def _chat_column(rows: Sequence[Mapping[str, Any]], names: list[str]) -> tuple[str, dict[str, str]] | None:
+def _chat_column(table: Table) -> tuple[str, dict[str, str]] | None:
     """A column that holds lists of turns, whatever its name."""
-    for name in names:
-        value = next((row[name] for row in rows if row.get(name)), None)
+    for name in table.names:
+        value = next((row[name] for row in table.rows if row.get(name)), None)
         if isinstance(value, list) and value and isinstance(value[0], dict):
             if {"role", "content"} <= value[0].keys():
-                return "messages", _whole(names, {"messages": name})
+                return "messages", {"messages": name}
             if {"from", "value"} <= value[0].keys():
-                return "sharegpt", _whole(names, {"conversations": name})
+                return "sharegpt", {"conversations": name}
     return None
 
 
-def _system(where: str, names: list[str], columns: Mapping[str, str]) -> dict[str, str]:
-    found = None if "system" in names else _find(where, [n for n in names if n not in columns.values()], SYSTEM)
-    return {"system": found} if found else {}
+# ------------------------------------------------------------------------------------------------ what else they hold
 
 
-def _whole(names: list[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """`columns` without those that have the name already."""
-    return {new: old for new, old in columns.items() if new != old}
-
-
-def _find(where: str, names: Sequence[str], known: tuple[str, ...]) -> str | None:
-    """The column that has one of the known names.
+def _labelled(table: Table, reading: Reading) -> Reading:
+    """For a KTO stage where a column says which answers are wanted: SFT would learn all of them alike.
 
     Raises:
-        DataError: there are several.
+        DataError: it says so in another way than `kto` reads, or beside what `kto` has no place for.
     """
-    found = [name for name in names if _bare(name) in known]
-    if len(found) > 1:
-        exact = [name for name in found if _bare(name) == known[0]]
-        if len(exact) == 1:
-            return exact[0]
+    label = _label(table, reading)
+    if label is None:
+        return reading
+    columns = reading.columns
+    if reading.format == "alpaca" and not {"input", "history"} & {*table.names, *columns}:
+        columns = {"prompt": "instruction", "completion": "output"} | columns
+    elif reading.format not in ("prompt_completion", "messages", "sharegpt"):
         raise DataError(
-            f"{where}: {' and '.join(found)} could both be the {known[0]}; say which, and name the other columns "
-            f"the same way: --columns {known[0]}={shlex.quote(found[0])}"
+            f"{table.where}: the column {table.own(label)} says whether an answer is wanted, and a KTO stage reads that beside "
+            f"a prompt and its completion, or messages; with columns as these are ({reading.format}) wanted and unwanted "
+            f"answers would be trained alike. Make one column of all that is asked, or {_otherwise(table, label)}"
         )
-    return found[0] if found else None
+    return Reading("kto", columns | {"label": label}, None, reading.notes)
+
+
+def _label(table: Table, reading: Reading) -> str | None:
+    """The column that says which answers are wanted.
+
+    Raises:
+        DataError: not as `kto` reads it; a table of text cannot say it otherwise.
+    """
+    if reading.format in ("kto", "preference", "prompt"):
+        return None
+    for name in table.names:
+        values = [row[name] for row in table.rows if row.get(name) is not None]
+        a_class = _bare(name) == "label" and reading.format in ("text", "tokens")
+        told = all(str(v).strip().lower().removesuffix(".0") in TRUTHS for v in values)
+        if _bare(name) not in LABEL or name in reading.columns.values() or a_class or not values or not told:
+            continue
+        if all(isinstance(v, bool | int) and v in (0, 1) for v in values):
+            return name
+        shown = ", ".join(list(dict.fromkeys(map(str, values)))[:3])
+        kind = "text" if any(isinstance(v, str) for v in values) else "numbers"
+        raise DataError(
+            f"{table.where}: the column {table.own(name)} seems to say whether an answer is wanted, but as {kind} "
+            f"({shown}), and wanted and unwanted answers would be trained alike; store it as true and false, in JSON Lines or "
+            f"Parquet, for a KTO stage, or {_otherwise(table, name)}"
+        )
+    return None
+
+
+def _otherwise(table: Table, label: str) -> str:
+    return f"leave the unwanted answers and the column out of the file; if it says something else: {table.option(other=label)}"
+
+
+def _not_used(table: Table, reading: Reading) -> Reading:
+    """With a note on a column that may belong to the question."""
+    columns = reading.columns
+    if reading.format not in ("prompt_completion", "alpaca", "kto"):
+        return reading
+    used = {*columns.values()} | ({"input"} if reading.format == "alpaca" else set())
+    left = [n for n in table.names if _bare(n) in CONTEXT + SUBJECT and n not in used]
+    if not left:
+        return reading
+    note = f"not used: {table.listed(left)}"
+    if reading.format == "prompt_completion":
+        asked, answered = columns.get("prompt", "prompt"), columns.get("completion", "completion")
+        note += f"; where the question is about it: {table.option(instruction=asked, input=left[0], output=answered)}"
+    return replace(reading, notes=(*reading.notes, note))
+
+
+def _numbers(table: Table, reading: Reading) -> Reading:
+    """Numbers that are asked or answered become text, by templates over the renamed columns."""
+    columns, parts = reading.columns, TEMPLATES.get(reading.format, {})
+    values = [row.get(columns.get(n, n)) for row in table.rows for n in parts]
+    plain = all(isinstance(v, str | int | float | None) for v in values) and "history" not in table.names
+    if not plain or not any(isinstance(v, int | float) for v in values):
+        return reading
+    asked, answered = "".join([*parts.values()][:-1]), [*parts.values()][-1]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    if "system" in columns:
+        turns = [{"role": "system", "content": "{{ system | default('', true) }}"}, *turns]
+    return Reading("messages", columns, turns, (*reading.notes, "numbers are written out as text"))
+
+
+TEMPLATES = {  # format -> column -> its text; the last is the answer
+    "prompt_completion": {"prompt": "{{ prompt }}", "completion": "{{ completion }}"},
+    "alpaca": {
+        "instruction": "{{ instruction }}",
+        "input": "{% if input | default('') %}\n{{ input }}{% endif %}",
+        "output": "{{ output }}",
+    },
+}
+
+
+def _whole(columns: Mapping[str, str]) -> dict[str, str]:
+    """`columns` without those that have the name already."""
+    return {new: old for new, old in columns.items() if new != old}
 
 
 def _bare(name: str) -> str:

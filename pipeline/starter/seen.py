@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,11 @@ from typing import Any
 
 from pipeline.inspection.looking import percentiles
 from pipeline.starter.columns import Reading, read_columns
+from pipeline.starter.unread import check_name, check_text
 from stages.data import files
 from stages.data.chunks import BadRow
 from stages.data.encode import Recipe, Task, encode_rows, encoder_for
+from stages.data.messages import valid
 from stages.data.mixing import hash_of
 from stages.data.records import Conversation, Labelled, Preference, Record, Rejected, Text, Tokens, normalise
 from stages.data.source import DataFile, DataSource, count_rows, find_files, read_file, shaped
@@ -63,41 +64,71 @@ class Seen:
         return self.rows is not None and self.exact and len(self.sample) >= self.rows
 
 
-def see(given: str, columns: Mapping[str, str]) -> Seen:
-    """Look at the data behind a path.
+@dataclass(frozen=True)
+class Looked:
+    """The first rows behind a path, before it is known what they are."""
+
+    given: str
+    source: DataSource
+    files: list[DataFile]
+    sample: list[Numbered]
+    rows: list[dict[str, Any]]  # some of the sample, for what the columns mean
+    names: list[str]  # of their columns
+
+
+def see(given: Sequence[str], columns: Mapping[str, str]) -> list[Seen]:
+    """Look at the data behind each path.
+
+    Args:
+        columns: a file's own name -> what the column is; of each file that has it.
 
     Raises:
         DataError: nothing there, no format, or no row that can be used.
     """
-    if given.lower().endswith((".txt", ".tsv", ".xlsx", ".md")):
-        raise DataError(_not_read(given))
-    path = given if "://" in given else os.path.abspath(os.path.expanduser(given))
-    source = DataSource(path=path)
+    looked = [_look(each) for each in given]
+    if absent := [name for name in columns if not any(name in each.names for each in looked)]:
+        there = "; ".join(f"{', '.join(each.names)} ({each.given})" for each in looked)
+        raise DataError(f"--columns names {', '.join(absent)}, but rows have {there}")
+    return [_seen(each, columns) for each in looked]
+
+
+def _look(given: str) -> Looked:
+    check_name(given)
+    source = DataSource(path=given if "://" in given else os.path.abspath(os.path.expanduser(given)))
     found = find_files(source)
     each = max(1, SAMPLE // len(found))
+    check_text(given, found[:SAMPLE])
     sample = [(file, number, row) for file in found[:SAMPLE] for number, row in islice(read_file(file), each)]
     good = [row for _, _, row in sample if isinstance(row, dict)][:LOOKED_AT]
     if not good:
         raise DataError(_nothing(given, sample))
-    reading = read_columns(given, good, columns)
-    source = source.model_copy(update={"columns": reading.columns, "format": reading.format})
-    if reading.messages:
-        source = DataSource.model_validate({"path": path, "messages": reading.messages})
+    names = list(dict.fromkeys(name for row in good for name in row))
+    try:
+        valid(names, "the name of a column")
+    except Rejected as error:
+        raise DataError(f"{given}: {error}; a spec cannot name it") from error
+    return Looked(given, source, found, sample, good, names)
+
+
+def _seen(looked: Looked, columns: Mapping[str, str]) -> Seen:
+    given, found, sample = looked.given, looked.files, looked.sample
+    named: dict[str, str] = {}  # as `columns` of a source has it, new name first
+    for old in (old for old in columns if old in looked.names):
+        if (other := named.setdefault(columns[old], old)) != old:
+            raise DataError(f"{given}: it has both {other} and {old}, and --columns makes each the {columns[old]}")
+    reading = read_columns(given, looked.rows, named)
+    told = {"messages": reading.messages} if reading.messages else {"format": reading.format}
+    source = DataSource.model_validate({"path": looked.source.path, "columns": reading.columns, **told})
     records, broken, example = records_of(sample, source, reading.format)
     if not records:
         reason = broken.most_common(1)[0][0]
-        hint = "name the columns with --columns NEW=OLD (README, `Data`), or mend the file"
-        if reason == "invalid_unicode":
-            name = shlex.quote(given)
-            hint = f"it is not UTF-8; of Western European Windows: iconv -f cp1252 -t utf-8 {name} > utf8-{Path(given).name}"
         raise DataError(
             f"{given}: none of the {len(sample):,} rows that were looked at can be used as {reading.format}: {reason}, for "
-            f"example {example[reason]}\n  {hint}"
+            f"example {example[reason]}\n  name the columns with --columns NEW=OLD (README, `Data`), or mend the file"
         )
     counted = sum(file.kind != "hf" and files.size(file) for file in found) <= COUNTED
     rows = count_rows(source) if counted else _about(found, sample)
-    names = list(dict.fromkeys(name for row in good for name in row))
-    return Seen(given, source, reading, found, names, rows, counted, sample, records, broken, example)
+    return Seen(given, source, reading, found, looked.names, rows, counted, sample, records, broken, example)
 
 
 def records_of(
@@ -125,25 +156,6 @@ def _about(found: Sequence[DataFile], sample: Sequence[Numbered]) -> int | None:
     read = sum(len(str(row)) for _, _, row in sample)
     packed = 4 if any(file.gzipped for file in found) else 1
     return round(packed * sum(map(files.size, found)) / max(1, read / len(sample)))
-
-
-def _not_read(given: str) -> str:
-    if given.lower().endswith(".tsv"):
-        read = r"rows = csv.reader(sys.stdin, delimiter='\t'); csv.writer(sys.stdout).writerows(rows)"
-        return (
-            f'{given}: columns separated by tabs are not read; write commas: python -c "import csv, sys; {read}" < '
-            f"{given} > {Path(given).stem}.csv"
-        )
-    if given.lower().endswith(".xlsx"):
-        return f"{given}: a spreadsheet is not read; save it as CSV (UTF-8), with the names of the columns in the first line"
-    program = (
-        "import json, sys; "
-        r"[print(json.dumps({'text': part})) for part in sys.stdin.read().split('\n\n') if part.strip()]"
-    )
-    return (
-        f"{given}: it cannot be told what a row of plain text is; one for each paragraph is made by\n"
-        f'  python -c "{program}" < {given} > {Path(given).stem}.jsonl'
-    )
 
 
 def _nothing(given: str, sample: Sequence[Numbered]) -> str:
