@@ -14,7 +14,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +31,35 @@ from stages.errors import StageError
 STORAGE, CACHE = "RAYLIGN_STORAGE", "RAYLIGN_CACHE"
 AT_ONCE = 8  # files on their way
 BLOCK = 8 << 20
+AHEAD = 8  # blocks of a file that are given to the store before it has taken them
 # Files that are one node's own: locks, and what is being written.
 OWN = (".lock", ".pull-", ".tmp")
+
+
+_blocks = 0
+
+
+def count_block() -> None:
+    """A block of a file has been sent, fetched or written."""
+    global _blocks
+    _blocks += 1  # threads may lose one to each other: it is enough that the number changes
+
+
+def blocks() -> int:
+    """Blocks of files that this process has sent, fetched or written: while the number grows, it does not hang."""
+    return _blocks
+
+
+def _copy(source: Any, out: Any) -> None:
+    """Copy a file by blocks. To S3 pyarrow sends in the background: were it not waited for, the whole file would be in memory,
+    and blocks counted that are not sent."""
+    written = 0
+    while block := source.read(BLOCK):
+        out.write(block)
+        written += 1
+        if written % AHEAD == 0:
+            out.flush()
+        count_block()
 
 
 def is_remote(storage: str) -> bool:
@@ -102,7 +128,7 @@ class _Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         with self.fs.open_input_stream(key) as source, temporary.open("wb") as out:
-            shutil.copyfileobj(source, out, BLOCK)
+            _copy(source, out)
         if temporary.stat().st_size != info.size:
             raise OSError(f"{temporary.stat().st_size} bytes of {info.size} came")
         os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
@@ -112,7 +138,7 @@ class _Store:
         if isinstance(self.fs, fs.SubTreeFileSystem | fs.LocalFileSystem):
             self.fs.create_dir(PurePosixPath(key).parent.as_posix(), recursive=True)
         with source.open("rb") as data, self.fs.open_output_stream(key) as out:
-            shutil.copyfileobj(data, out, BLOCK)
+            _copy(data, out)
         info = self.fs.get_file_info(key)
         os.utime(source, ns=(info.mtime_ns, info.mtime_ns))
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState
 
+from stages import storage
 from stages.base import Reporter
 from stages.errors import StageError
 from stages.training import writer as writing
@@ -232,6 +233,12 @@ def test_training_is_not_held_up_by_the_writing(tmp_path: Path, monkeypatch: pyt
     gate.set()
     writer.wait()
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_that_is_being_written_is_seen_to_move(tmp_path: Path) -> None:
+    before = storage.blocks()
+    write_state(tmp_path / "state.pt", {name: torch.ones(1000) for name in "abc"})
+    assert storage.blocks() - before >= 3  # a tensor is a block, however large
 
 
 def on_a_full_disk(path: Path, state: Any) -> Any:

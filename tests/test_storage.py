@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -158,3 +161,73 @@ def test_a_run_is_opened_by_its_address(where: str) -> None:
     opened = RunFolder.open(told)
     assert opened.state() == {"name": "run", "stages": {}} and opened.address == told
     assert json.loads((opened.path / "run.json").read_text())["name"] == "run"
+
+
+def test_blocks_are_counted_as_they_come_and_go(where: str, tmp_path: Path) -> None:
+    root = use(where)
+    folder = write(root / "run", small="1")
+    size = 2 * storage.BLOCK + 1
+    with (folder / "large").open("wb") as out:
+        out.truncate(size)
+    before = storage.blocks()
+    push(folder)
+    assert storage.blocks() - before == 3 + 1
+    forget(root)
+    assert (pull(folder) / "large").stat().st_size == size
+    assert storage.blocks() - before == 2 * (3 + 1)
+
+
+class Held(BaseHTTPRequestHandler):
+    """A store that takes parts of a file when it is told to."""
+
+    protocol_version, gate = "HTTP/1.1", threading.Event()
+
+    def do_GET(self) -> None:
+        self.answer(404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        begins = "uploads" in self.path
+        kind, field = ("Initiate", "UploadId") if begins else ("Complete", "ETag")
+        body = f"<{kind}MultipartUploadResult><{field}>1</{field}></{kind}MultipartUploadResult>"
+        self.answer(200, body.encode())
+
+    def do_PUT(self) -> None:
+        self.gate.wait(30)
+        self.answer(200)
+
+    def answer(self, code: int, body: bytes = b"") -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(code)
+        for name, value in (("ETag", '"1"'), ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_blocks_are_not_counted_long_before_the_store_has_taken_them(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow's S3 takes what it is given, and sends it later."""
+    monkeypatch.setattr(storage, "BLOCK", 1 << 20)
+    monkeypatch.setattr(Held, "gate", threading.Event())
+    with (tmp_path / "large").open("wb") as out:
+        out.truncate(48 << 20)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Held) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = storage._Store(f"s3://bucket/held?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", "")
+        before = storage.blocks()
+        with (tmp_path / "large").open("rb") as data, store.fs.open_output_stream("bucket/held/x") as out:
+            sending = threading.Thread(target=storage._copy, args=(data, out))
+            sending.start()
+            sending.join(2)
+            held = storage.blocks() - before
+            Held.gate.set()
+            sending.join(30)
+        server.shutdown()
+    # S3's parts are of 10 MiB: with the 16th block the first of them is waited for.
+    assert held == 15 and storage.blocks() - before == 48

@@ -62,6 +62,44 @@ def test_where_nothing_moves_the_one_outside_collectives_is_named_and_all_are_en
     assert "worker 0" not in what
 
 
+def test_a_worker_whose_checkpoint_is_on_its_way_is_left_alone() -> None:
+    """Training waits for the thread that writes it; what that copies is told with the beats."""
+    waits = replace(ONE, place=("wait (writer.py:1)", "join (threading.py:2)"))
+    standing = Standing(2)
+    for at in range(2001):
+        standing.note(replace(waits, blocks=at // 500), at)  # a block in 500 s
+        standing.note(TWO, at)
+    assert standing.stalled(2000, 600) is None
+    assert standing.stalled(2000, 400) is None and standing.stalled(2030, 20) is not None
+
+
+def test_a_worker_that_was_never_heard_of_is_named_and_not_the_one_that_waits_for_it() -> None:
+    standing = Standing(2)
+    assert standing.stalled(1000, 600) is None, "Ray Train may be starting them"
+    for at in range(1000, 1602):
+        standing.note(ONE, at)
+        assert at < 1601 or standing.stalled(at, 600) is not None
+    what, guilty = standing.stalled(1601, 600) or ("", [])
+    assert guilty == [ONE] and what.startswith("worker 1 has never been heard of, 601 s after others")
+    standing.leave(0)  # it was ended
+    assert standing.stalled(9999, 600) is None
+
+
+def test_a_worker_that_was_never_heard_of_is_missed_though_others_move() -> None:
+    standing = Standing(2)
+    beats(standing, 61, ONE, moving=True)
+    assert standing.stalled(60, 5) is None, "imports from a slow disk"
+    what, guilty = standing.stalled(61, 5) or ("", [])
+    assert "worker 1 has never been heard of, 61 s after others" in what and [beat.rank for beat in guilty] == [0]
+
+
+def test_lines_for_the_terminal_are_no_movement() -> None:
+    standing = Standing(1)
+    for at in range(602):
+        standing.note(replace(ONE, events=f"{at}\n"), at)
+    assert standing.stalled(601, 600) is not None
+
+
 def test_a_worker_that_is_done_is_not_missed() -> None:
     standing = Standing()
     beats(standing, 10, ONE, TWO)

@@ -107,7 +107,7 @@ def _watched(config: dict[str, Any], ctx: StageContext, workers: int) -> dict[st
     """Launch the workers under watch."""
     resources = ctx.resources
     wanted, events = _asker(resources, ctx.local, workers), ctx.work / "events.jsonl"
-    with watching(60 * resources.stall_minutes, wanted, events) as (watch, hung):
+    with watching(workers, 60 * resources.stall_minutes, wanted, events) as (watch, hung):
         try:
             return launch(
                 train_on_worker, config | {"monitor": watch}, resources=resources, local=ctx.local, folder=ctx.work,

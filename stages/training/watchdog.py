@@ -1,14 +1,15 @@
 """Workers under watch: which of them stand still, and what the driver asks of all (to stop at a checkpoint).
 
-Every worker sends a beat a second to an actor beside the driver: its step, and where its training stands in the code. A worker
-whose beats stop is stopped itself or cut off. Workers that all stand at the same place for as long hang, in each other's
-collectives or in somebody's function; one that waits for another which still moves does not. What hangs is named and ended:
-from there on it is a lost worker like any other (recovery.py).
+Every worker sends a beat a second to an actor beside the driver: its step, where its training stands in the code, and how many
+blocks of files it has copied. A worker whose beats stop, or never come, is stopped itself or cut off. Workers that all stand at
+the same place for as long, and copy nothing, hang, in each other's collectives or in somebody's function; one that waits for
+another which still moves does not. What hangs is named and ended: it is then a lost worker like any other (recovery.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -16,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from stages.storage import blocks
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0  # of beats: they come from a thread that has nothing else to do
@@ -34,6 +37,7 @@ class Beat:
     host: str
     step: int
     place: tuple[str, ...] = ()  # the frames its training stands in, the innermost last
+    blocks: int = 0  # of files, copied so far: a checkpoint on its way, for which its training may wait
     events: str = ""  # lines of what it tells the terminal, where the driver's node does not see its files
 
     def __str__(self) -> str:
@@ -44,17 +48,22 @@ class Beat:
 class Standing:
     """Who stands still, from beats and the times they came at."""
 
+    workers: int = 0  # that are to be heard of
     heard: dict[int, tuple[float, Beat]] = field(default_factory=dict)
     moved: dict[int, float] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
+    first: float = math.inf  # when one of them was: Ray Train starts all before any of them runs
 
     def note(self, beat: Beat, now: float) -> None:
         last = self.heard.get(beat.rank)
-        if last is None or (last[1].step, last[1].place, last[1].pid) != (beat.step, beat.place, beat.pid):
+        if last is None or replace(last[1], events="") != replace(beat, events=""):
             self.moved[beat.rank] = now
         self.heard[beat.rank] = (now, beat)
+        self.first = min(self.first, now)
 
     def leave(self, rank: int) -> None:
         """A worker is done."""
+        self.left.add(rank)
         self.heard.pop(rank, None)
         self.moved.pop(rank, None)
 
@@ -65,9 +74,19 @@ class Standing:
         if silent:
             told = " and ".join(f"{beat} has not been heard of for {patience:g} s" for beat in silent)
             return f"{told}, since step {silent[0].step}: it is stopped, or its machine is cut off", silent
-        if not self.heard or min(now - at for at in self.moved.values()) <= bound:
+        if not self.heard:
             return None
         beats = [beat for _, beat in self.heard.values()]
+        still = min(now - at for at in self.moved.values()) > bound
+        missing = sorted(set(range(self.workers)) - self.heard.keys() - self.left)
+        if missing and (
+            still or now - self.first > max(bound, SILENT_SECONDS)
+        ):  # imports take as long from a slow disk
+            told = " and ".join(f"worker {rank} has never been heard of" for rank in missing)
+            # Where its process is, nobody has said: it goes with the others'.
+            return f"{told}, {now - self.first:.0f} s after others: it hangs, or its machine is cut off", beats
+        if not still:
+            return None
         # Of workers that wait for each other, the one that does not wait in a collective is the one to name.
         waits = [beat for beat in beats if not in_collective(beat.place)] or beats
         told = " and ".join(f"{beat} stands in {at(beat.place)}" for beat in waits)
@@ -95,8 +114,8 @@ def frames_of(thread: int) -> tuple[str, ...]:
 class Monitor:
     """The actor. Beats come in, and go back with what the driver asks."""
 
-    def __init__(self) -> None:
-        self.standing = Standing()
+    def __init__(self, workers: int) -> None:
+        self.standing = Standing(workers)
         self.pause = ""  # why all are to stop at a checkpoint
         self.events = ""
 
@@ -140,7 +159,8 @@ class Pulse:
 
         while not self._over.wait(BEAT_SECONDS):
             place = frames_of(self.watched)
-            beat = Beat(self.rank, os.getpid(), self.node, self.host, self.step(), place, self._new_events())
+            told = self._new_events()
+            beat = Beat(self.rank, os.getpid(), self.node, self.host, self.step(), place, blocks(), told)
             try:
                 self.pause = ray.get(self.monitor.beat.remote(beat))
             except ray.exceptions.RayError as error:  # the driver's node is gone; Ray ends this worker
@@ -179,11 +199,12 @@ def beating(watch: tuple[Any, str] | None, rank: int, events: Path | None) -> It
 
 @contextmanager
 def watching(
-    stall_seconds: float, wanted: Callable[[set[str]], str], events: Path
+    workers: int, stall_seconds: float, wanted: Callable[[set[str]], str], events: Path
 ) -> Iterator[tuple[tuple[Any, str], list[str]]]:
     """(what workers are given to be watched by, what was found to hang so far), while workers train.
 
     Args:
+        workers: how many there are.
         stall_seconds: after which workers that do not move are ended.
         wanted: asked each second, of the nodes that workers are on: why they are to stop at a checkpoint, or nothing.
         events: the file that events of workers elsewhere are added to.
@@ -193,7 +214,7 @@ def watching(
 
     driver = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(driver, soft=False)
-    monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
+    monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(workers)
     found: list[str] = []
     over = threading.Event()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stages.errors import StageError
-from stages.storage import mirrored, names, pull, push, put, remove
+from stages.storage import count_block, mirrored, names, pull, push, put, remove
 from stages.training.checkpoint import SAVING, Record, hash_file, prune, publish, sync
 
 Files = dict[str, tuple[int, str]]
@@ -69,6 +69,7 @@ class _Hashed:
             raise
         self.hash.update(data)
         self.size += written
+        count_block()
         return written
 
     def flush(self) -> None:
