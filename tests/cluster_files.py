@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "cluster_configs"
+DRAIN, DRAIN_DEFAULT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30.0  # Ray's
 
 # A shape: a type; {field: shape}; [shape] a list of these; MAP any names, with texts; (shape, ...) one of these; ONE_OF(...) words.
 MAP = {...: str}
@@ -134,6 +135,9 @@ def kuberay_mistakes(manifest: dict[str, Any]) -> list[str]:
             for variable in container.get("env", []):
                 if ("value" in variable) == ("valueFrom" in variable):
                     found.append(f"{where}: {variable['name']} has no value, or two")
+            lasts, grace = drains(container), pod.get("terminationGracePeriodSeconds")
+            if grace is not None and not 0 < grace - lasts <= 30:  # some seconds to end in
+                found.append(f"{where}: Ray drains the node for {lasts:g} s of the {grace} that the pod has")
             asked = container.get("resources", {})
             if asked.get("requests", {}).get("nvidia.com/gpu") != asked.get("limits", {}).get("nvidia.com/gpu"):
                 found.append(f"{where}: GPUs that are asked for are those of the limits")
@@ -141,6 +145,14 @@ def kuberay_mistakes(manifest: dict[str, Any]) -> list[str]:
         if not 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
             found.append(f"{group['groupName']}: minReplicas <= replicas <= maxReplicas")
     return found
+
+
+def drains(container: dict[str, Any]) -> float:
+    """Seconds for which Ray drains a node whose pod is to end."""
+    (given,) = [e.get("value", DRAIN_DEFAULT) for e in container.get("env", []) if e["name"] == DRAIN] or [
+        DRAIN_DEFAULT
+    ]
+    return float(given)
 
 
 def cluster_spec(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,20 @@ from stages.capacity import Capacity, Node
 from stages.cluster import growth_of
 from stages.training.launch import ENVIRONMENT
 
-from .cluster_files import FILES, ROOT, SHAPES, cluster_spec, crd_schema, kuberay_mistakes, pods, read, unknown
+from .cluster_files import (
+    DRAIN,
+    DRAIN_DEFAULT,
+    FILES,
+    ROOT,
+    SHAPES,
+    cluster_spec,
+    crd_schema,
+    drains,
+    kuberay_mistakes,
+    pods,
+    read,
+    unknown,
+)
 
 KUBERAY = ("kuberay-rayjob.yaml", "kuberay-raycluster.yaml")
 RAY_UP = ("ray-up-aws.yaml", "ray-up-gcp.yaml")
@@ -93,6 +108,11 @@ POD = "spec.workerGroupSpecs.1.template.spec"
         (put(f"{POD}.containers.0.volumeMounts.0.name", "smh"), "gpu-train: the volume smh is mounted, but not there"),
         (without(f"{POD}.containers.0.resources.requests"), "GPUs that are asked for are those of the limits"),
         (without(f"{POD}.containers.0.image"), "containers[0].image: is missing"),
+        (
+            put(f"{POD}.terminationGracePeriodSeconds", 60),
+            "gpu-train: Ray drains the node for 110 s of the 60 that the",
+        ),
+        (put(f"{POD}.containers.0.env", []), "gpu-train: Ray drains the node for 30 s of the 120 that the pod has"),
         (put("kind", "RayClusters"), "kind: 'RayClusters'"),
     ],
 )
@@ -145,6 +165,7 @@ def test_head_data_and_gpu_nodes_are_what_they_are_for() -> None:
 
     assert (spot(head), spot(data), spot(gpu)) == ({"DoesNotExist", "NotIn"}, set(), {"In"})
     assert {t["key"] for t in gpu["tolerations"]} >= {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
+    assert gpu["terminationGracePeriodSeconds"] == 120 and drains(gpu["containers"][0]) == 110
     for pod in (head, data, gpu):
         (container,) = pod["containers"]
         mounted = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
@@ -177,6 +198,26 @@ def test_ray_takes_the_files_of_ray_up(name: str) -> None:
     assert "--env=RAY_AUTH_MODE=token" in config["docker"]["run_options"]
 
 
+@pytest.mark.parametrize("name", RAY_UP)
+def test_workers_ask_their_cloud_whether_they_stay(name: str, tmp_path: Path) -> None:
+    """The command as Ray gives it to a terminal that is then gone. (There is no raylet here, and the watcher says so.)"""
+    *_, start, spot = read(name)["worker_start_ray_commands"]
+    assert start.rpartition("; ")[2].startswith("ray start ")
+    assert f"python -m stages.spot {name.removesuffix('.yaml').rpartition('-')[2]} " in spot
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nsleep 1\nexec {sys.executable} "$@" --node none\n')
+    python.chmod(0o755)
+    command = f"export PYTHONWARNINGS=ignore && ({spot.replace('/tmp/raylign-spot.log', str(log))})"
+    subprocess.run(
+        ["script", "-qec", f"bash -c {shlex.quote(command)}", "/dev/null"], check=True, cwd=ROOT, timeout=60,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while "nodes of Ray" not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -193,6 +234,12 @@ def test_broken_files_of_ray_up_are_seen(change: Callable[[dict[str, Any]], None
     change(config)
     with pytest.raises(Exception, match=r"CPU|16|max_worker|available_nodes|node_config|type|heat"):
         validate_config(prepare_config(config))
+
+
+def test_the_time_to_drain_is_rays() -> None:
+    from ray._private import ray_constants
+
+    assert getattr(ray_constants, DRAIN) == DRAIN_DEFAULT
 
 
 def test_the_health_checks_are_rays() -> None:

@@ -1,9 +1,9 @@
 """Workers under watch: which of them stand still, and what the driver asks of all (to stop at a checkpoint).
 
-Every worker sends a beat a second to an actor beside the driver: its step, where its training stands in the code, and the blocks
-of files it has copied. A worker whose beats stop, or never come, is stopped itself or cut off. Workers that all stand at the same
-place for as long, and copy nothing, hang, in each other's collectives or in somebody's function; one that waits for another
-which still moves does not. What hangs is named and ended: from there on it is a lost worker like any other (recovery.py).
+Every worker sends a beat a second to an actor beside the driver: its step, where its training stands in the code, and how many
+blocks of files it has copied. A worker whose beats stop, or never come, is stopped itself or cut off. Workers that all stand at
+the same place for as long, and copy nothing, hang, in each other's collectives or in somebody's function; one that waits for
+another which still moves does not. What hangs is named and ended: it is then a lost worker like any other (recovery.py).
 """
 
 from __future__ import annotations
