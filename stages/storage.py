@@ -51,32 +51,6 @@ def blocks() -> int:
 
 
 def _copy(source: Any, out: Any) -> None:
-    """Copy a file by blocks. To S3 pyarrow sends in the background: if it were not waited for, the whole file would be in memory,
-    and blocks counted that are not sent."""
-    written = 0
-    while block := source.read(BLOCK):
-        out.write(block)
-        written += 1
-        if written % AHEAD == 0:
-            out.flush()
-        count_block()
-
-
-_blocks = 0
-
-
-def count_block() -> None:
-    """A block of a file has been sent, fetched or written."""
-    global _blocks
-    _blocks += 1  # threads may lose one to each other: it is enough that the number changes
-
-
-def blocks() -> int:
-    """Blocks of files that this process has sent, fetched or written: while the number grows, it does not hang."""
-    return _blocks
-
-
-def _copy(source: Any, out: Any) -> None:
     """Copy a file by blocks. To S3 pyarrow sends in the background: were it not waited for, the whole file would be in memory,
     and blocks counted that are not sent."""
     written = 0
