@@ -63,7 +63,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), within: Path | No
         raise SpecError([Problem("", what)], str(path))
     lines: dict[tuple[Any, ...], int] = {}
     raw = _plain(tree, (), lines, problems)
-    folder = file.absolute().parent  # as `Spec.folder`
+    folder = Path(os.path.abspath(file)).parent  # as `Spec.folder`
     return build_spec(
         raw, folder=folder, lines=lines, file=str(path), default_name=file.stem, problems=problems, within=within
     )
