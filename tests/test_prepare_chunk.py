@@ -19,7 +19,7 @@ from stages.data.chat import IGNORE, TokenizerSpec, tokenizer_spec
 from stages.data.chunks import chunks
 from stages.data.encode import Recipe, Task
 from stages.data.ledger import read_entries
-from stages.data.prepare import percentiles, prepare_chunk
+from stages.data.shards import percentiles, prepare_chunk
 from stages.data.source import DataSource, find_files
 
 GOOD = {

@@ -16,7 +16,7 @@ from stages.data.chat import ChatEncoder
 from stages.data.encode import WARNINGS, Outcome, Recipe, encode_rows, encoder_for, record_hashes
 from stages.data.ledger import LedgerEntry
 from stages.data.packing import best_fit
-from stages.data.prepare import length_of, trained_of
+from stages.data.shards import length_of, trained_of
 from stages.data.source import BadRow, DataSource, find_files, read_file
 from stages.errors import DataError
 

@@ -28,7 +28,8 @@ from filelock import FileLock
 from stages.base import StageContext
 from stages.data.encode import digest
 from stages.data.groups import Group, read_group
-from stages.data.prepare import IDS, Prepared
+from stages.data.prepare import Prepared
+from stages.data.shards import IDS
 from stages.errors import DataError
 from stages.pool import run_pool
 from stages.storage import mirrored, names, pull, pull_model, push

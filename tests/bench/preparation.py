@@ -232,7 +232,7 @@ def prepare_here(path: Path, rows: int) -> None:
     from stages.data.chat import tokenizer_spec
     from stages.data.chunks import chunks
     from stages.data.encode import Recipe
-    from stages.data.prepare import prepare_chunk
+    from stages.data.shards import prepare_chunk
     from stages.data.source import DataSource, find_files
 
     recipe = Recipe("conversation", tokenizer_spec(tokenizer(path)))

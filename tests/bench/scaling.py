@@ -22,7 +22,8 @@ from preparation import tokenizer, write  # beside this file
 from stages.data.chat import tokenizer_spec
 from stages.data.chunks import chunks
 from stages.data.encode import Recipe
-from stages.data.prepare import prepare, prepare_chunk
+from stages.data.prepare import prepare
+from stages.data.shards import prepare_chunk
 from stages.data.source import DataSource, find_files
 from stages.training.feed import WINDOW_ROWS, Shares, read_window, windows
 
