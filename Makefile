@@ -20,9 +20,10 @@ demo: install
 	$(BIN)/python examples/quickstart_data.py examples/data/quickstart
 	$(BIN)/raylign run examples/quickstart.yaml
 
-# Two at a time, each with a Ray of its own: a test keeps one core busy.
+# Those without trainers need one core each.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster" --ignore tests/integration
+	$(BIN)/python -m pytest -m "not slow and not cluster" --durations=15 tests/integration
 
 # Of the longer ones none is begun after BUDGET minutes, where that is given.
 LIMIT = $(if $(BUDGET),--budget $(BUDGET))

@@ -171,6 +171,9 @@ def ray_address() -> Iterator[str]:
     """One Ray for every test; what starts runs of its own uses it through RAY_ADDRESS."""
     import ray
 
+    own.use(
+        str(CODE)
+    )  # the test before may have named another folder, and Ray's processes have what Ray is started with
     context = ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         object_store_memory=256 << 20, runtime_env={"py_executable": forkserver.py_executable()},

@@ -182,6 +182,7 @@ def test_signals_are_handed_on(tmp_path: Path, environment: dict[str, str]) -> N
     assert stand_in.wait(20) == 3 and stand_in.stdout.read() == "left in order\n"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_many_at_once_have_one_server_and_end_each_by_itself(tmp_path: Path, environment: dict[str, str]) -> None:
     """Also of an owner that has none yet; no process holds what is another's."""
     mine = subprocess.Popen(["sleep", "600"])
@@ -220,6 +221,7 @@ def test_one_server_for_an_owner_and_what_is_read_at_the_start(
     subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0,
     reason="this machine allows no network namespaces",
 )
+@pytest.mark.slow
 def test_what_is_forked_is_on_the_same_network(tmp_path: Path, environment: dict[str, str]) -> None:
     path = script(tmp_path, "import os, sys; print(os.readlink('/proc/self/ns/net'), 'torch' in sys.modules)")
     here = os.readlink("/proc/self/ns/net")
@@ -240,6 +242,7 @@ def test_code_that_has_changed_has_a_server_of_its_own(tmp_path: Path, monkeypat
     assert forkserver._key() != before
 
 
+@pytest.mark.slow
 def test_all_goes_with_the_owner(tmp_path: Path, environment: dict[str, str]) -> None:
     mine = subprocess.Popen(["sleep", "600"])
     path = script(

@@ -245,6 +245,7 @@ def test_frozen_models_are_as_they_are_stored() -> None:
     assert frozen_bytes(json.dumps(SMALL | {"dtype": "bfloat16"}), dtype="float32") == whole
 
 
+@pytest.mark.slow
 def test_advice_for_groups_keeps_the_answers_of_an_iteration() -> None:
     now = Training(
         json.dumps(QWEN25_05B), "grpo", batch=8, length=4096, gpu=True, bf16=True, checkpointing=True, answer=3072, sampled=8,

@@ -726,7 +726,7 @@ def test_files_that_are_missing_or_torn(tmp_path: Path) -> None:
     outline = checked(page_of(run))
     for said in (
         "spec.yaml is missing", "dpo: done, but its manifest is missing",
-        "sft/metrics.jsonl: 3 of 44 lines cannot be read, the first is line 1",
+        "sft/metrics.jsonl: 3 of 45 lines cannot be read, the first is line 1",
         "sft/samples.jsonl: 1 of 1 lines cannot be read", "sft: loss: 1 of its values are not numbers",
         "sft: x: 1 of its values are not numbers",
     ):  # fmt: skip

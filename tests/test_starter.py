@@ -460,6 +460,7 @@ def machine(gpus: int = 0, gib: int | None = None, memory: int = 32) -> Machine:
     return Machine("this machine", 8, memory * GIB, gpus, gib * GIB if gib else None)
 
 
+@pytest.mark.slow
 def test_a_model_of_7_billion_gets_what_fits() -> None:
     base = Base("org/name", False, QWEN_7B, 7_600_000_000, 32768)
     large = choices.way_for(base, machine(1, 80), 1024, 32)

@@ -11,6 +11,7 @@ from ..bench.memory import make_model, measure
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+@pytest.mark.slow
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(tmp_path: Path) -> None:
     """34 million parameters, AdamW; tests/bench/memory.py has the other cases (LoRA, checkpointing, pairs, ZeRO)."""
     measured, parts = measure("full 1 x 512", make_model(tmp_path))

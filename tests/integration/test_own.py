@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,6 +35,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_format_stage_and_gate_of_a_user(tmp_path: Path, model: str) -> None:
     shutil.copy(EXAMPLE, tmp_path)
     rows = [

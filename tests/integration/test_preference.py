@@ -155,7 +155,7 @@ def test_actors_and_this_process_say_the_same_and_a_second_run_asks_nobody(
     assert "reference" not in free.details and len(list(tmp_path.glob("prepared/[!.]*-reference-*"))) == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_an_adapter_has_its_base_for_a_reference(tmp_path: Path, model: str, data: Path, method: str) -> None:
     """As it is trained beside: in 4 bits where that is so."""
     for kind, start in (("dpo", math.log(2)), ("kto", 0.5)):

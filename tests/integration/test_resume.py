@@ -241,6 +241,7 @@ def elsewhere(job: dict[str, Any]) -> Any:
     return trainer_module.train_on_worker(job | {"build": build})
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_share_a_disk_are_told_so(
     ray_address: str, tmp_path: Path, model: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

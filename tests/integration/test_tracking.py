@@ -240,6 +240,7 @@ def test_mlflow_a_killed_run_goes_on_in_the_same_runs(tmp_path: Path, mlflow: di
     assert record_now["run"] == parent["id"] and len(record_now["stages"]) == 4
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_down_stops_nothing(tmp_path: Path) -> None:
     if importlib.util.find_spec("mlflow") is None:
         pytest.skip("MLflow's client is not installed: pip install mlflow-skinny")

@@ -78,7 +78,9 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory, model: str, data: Path)
         (1, {"train": train(4, gradient_accumulation_steps=2)}),
         (2, {"train": train(4)}),
         pytest.param(2, {"train": train(4), "deepspeed": "zero2"}, marks=pytest.mark.slow),
-        (2, {"train": train(2, gradient_accumulation_steps=2), "deepspeed": "zero3"}),
+        pytest.param(
+            2, {"train": train(2, gradient_accumulation_steps=2), "deepspeed": "zero3"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["accumulated", "two workers", "two workers, zero2", "two workers, accumulated, zero3"],
 )
@@ -145,6 +147,7 @@ def test_every_row_reaches_the_trainer_once_an_epoch(
     assert len(list(tmp_path.glob("sft/seen-*.jsonl"))) == workers
 
 
+@pytest.mark.slow
 def test_packed_weighted_rows_train_and_held_out_rows_are_evaluated(tmp_path: Path, model: str, data: Path) -> None:
     """With a learning rate of 0 nothing is learned: the loss of every way to see the data is the same."""
     rows = [json.loads(line) for line in (data / "chats.jsonl").open()]
