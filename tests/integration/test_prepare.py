@@ -15,6 +15,7 @@ import pytest
 from pipeline.estimate import longest_sequence
 from stages.data import chunks
 from stages.data import prepare as preparation
+from stages.data import shards
 from stages.data.chat import IGNORE, tokenizer_spec
 from stages.data.encode import Recipe
 from stages.data.ledger import check_lost, read_entries
@@ -285,7 +286,7 @@ def test_the_key_has_what_decides_and_nothing_else(tmp_path: Path, tokenizer: An
 def test_no_more_than_a_few_rows_are_held_at_a_time(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "GROUP_ROWS", 64)
+    monkeypatch.setattr(shards, "GROUP_ROWS", 64)
     rows = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(1000)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     made = prepare(
