@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.estimate import longest_sequence
-from stages.data import chunks
+from stages.data import chunks, shards
 from stages.data import prepare as preparation
-from stages.data import shards
 from stages.data.chat import IGNORE, tokenizer_spec
 from stages.data.encode import Recipe
 from stages.data.ledger import check_lost, read_entries
