@@ -54,6 +54,10 @@ class Lease:
                 self.say(f"the lease was not renewed: {error}")
 
     def take(self) -> None:
+        """
+        Raises:
+            RaylignError: another process began at the same time, and has it.
+        """
         self._write()
         time.sleep(SETTLE_SECONDS)
         found = look(self.file)
@@ -123,7 +127,9 @@ def _read(text: str) -> dict[str, Any]:
 def _is_gone(lease: dict[str, Any]) -> bool:
     """Whether its process was one of this machine, and is no more."""
     pid = lease.get("process")
-    return lease.get("host") == socket.gethostname() and (pid == os.getpid() or not psutil.pid_exists(int(pid or 0)))
+    if lease.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    return pid == os.getpid() or not psutil.pid_exists(pid)
 
 
 def _by(lease: dict[str, Any]) -> str:

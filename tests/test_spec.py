@@ -51,6 +51,16 @@ def test_a_spec_is_read(spec: Path, data: Path, model: str) -> None:
     assert read.storage == str(spec.parent / "runs")
 
 
+def test_the_folder_of_a_spec_is_not_where_a_link_leads_to(spec: Path, tmp_path: Path) -> None:
+    """As Kubernetes mounts a ConfigMap: a link into a folder whose name no other pod has."""
+    hidden = tmp_path / "..2026_12_01"
+    hidden.mkdir()
+    spec.rename(hidden / "spec.yaml")
+    spec.symlink_to(hidden / "spec.yaml")
+    read = load_spec(spec)
+    assert read.folder == str(tmp_path) and read.storage == str(tmp_path / "runs")
+
+
 def test_the_resolved_spec_reads_back_the_same(spec: Path, tmp_path: Path) -> None:
     from ruamel.yaml import YAML
 

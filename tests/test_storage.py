@@ -202,12 +202,17 @@ def test_what_somebody_removed_in_the_store_is_not_there(where: str) -> None:
     assert not names(folder.path / ".previous"), "what was left of the first is gone"
 
 
-def test_only_one_carries_out_a_run_of_a_bucket(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 3.0)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+def quick_leases(where: str, monkeypatch: pytest.MonkeyPatch, patience: float) -> Path:
+    """The folder of a run whose lease is renewed five times a second."""
+    for name, seconds in (("RENEW_SECONDS", 0.2), ("PATIENCE_SECONDS", patience), ("SETTLE_SECONDS", 0.1)):
+        monkeypatch.setattr(lease, name, seconds)
     folder = use(where) / "run"
     folder.mkdir(parents=True)
+    return folder
+
+
+def test_only_one_carries_out_a_run_of_a_bucket(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = quick_leases(where, monkeypatch, patience=3.0)
     said: list[str] = []
     with lease.leased(folder, said.append) as held:
         assert lease.is_leased(folder) and RunFolder(folder).is_locked()
@@ -220,11 +225,7 @@ def test_only_one_carries_out_a_run_of_a_bucket(where: str, monkeypatch: pytest.
 
 
 def test_the_lease_of_one_that_is_gone_is_taken(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 1.5)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
-    folder = use(where) / "run"
-    folder.mkdir(parents=True)
+    folder = quick_leases(where, monkeypatch, patience=1.5)
     gone = json.dumps({"id": "x", "beat": 7, "host": "elsewhere", "process": 1})
     storage.put(folder / lease.FILE, gone)
     began = time.monotonic()
